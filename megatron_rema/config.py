@@ -1,0 +1,316 @@
+"""The frozen, typed configuration of every front door, and its cross-checks.
+
+Hydra composes ``conf/`` into a DictConfig; ``load`` turns that into these dataclasses once (pydantic checks keys, types,
+choices and ranges), and ``check`` applies the rules between fields before any model is built. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from megatron_rema.types import Role
+
+_STRICT = ConfigDict(extra="forbid")
+
+Count = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class ConfigError(ValueError):
+    """A setting that breaks a rule. The message names field, value, rule and remedy; front doors exit with code 2."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TaskConfig:
+    """Problems, and what each role is told. Files are JSONL or parquet with one problem a row."""
+
+    name: str
+    train_file: str
+    evaluation_files: dict[str, str]  # set name -> file
+    system_prompts: dict[Role, str]  # role -> system prompt
+    reasoner_template: str  # {question} and {instruction}: the reasoner's first user message
+    question_key: str = "question"
+    answer_key: str = "answer"
+    finish_marker: str = "[FINISH]"
+    cold_start_file: str | None = None  # dialogues for sft: {question, answer, turns: [{role, text}]}
+
+
+@dataclass(frozen=True, config=_STRICT)
+class PolicyConfig:
+    """One set of weights and the roles it speaks for. ``path`` overrides ``model.path``."""
+
+    roles: Annotated[list[Role], Field(min_length=1)]
+    path: str | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class AgentsConfig:
+    """Which weights speak for which role, and which are updated when."""
+
+    policies: Annotated[dict[str, PolicyConfig], Field(min_length=1)]
+    schedule: Literal["simultaneous", "alternating"] = "simultaneous"
+    alternate_every: Count = 10  # optimizer-step blocks per policy when alternating; the first policy listed goes first
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ModelConfig:
+    """Where the weights come from: a Hugging Face checkpoint folder."""
+
+    path: str
+    init: Literal["pretrained", "random"] = "pretrained"  # random: weights drawn from seed; config and tokenizer read from path
+    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 keeps fp32 master weights in the optimizer
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ParallelConfig:
+    """Layout of the trained policies over the world's ranks; data parallel takes what is left."""
+
+    tensor: Count = 1
+    pipeline: Count = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False  # ZeRO-1
+    recompute: bool = False  # recompute activations in the backward pass
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EngineConfig:
+    """The inference engine colocated in every rank."""
+
+    name: Literal["vllm", "transformers"] = "vllm"
+    tensor: Count = 1  # ranks per engine replica
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_num_seqs: Count = 256
+    block_size: Count = 32
+    kv_cache_mib: Count = 64
+    logprob_gap_alarm: NonNegative = 0.05  # nats; a larger max gap between engine and trainer raises an alert
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RolloutConfig:
+    """How episodes are played. Budgets are in tokens."""
+
+    prompts_per_step: Count = 32
+    episodes_per_prompt: Count = 8
+    max_rounds: Count = 8
+    max_turn_tokens: Count = 32
+    max_episode_tokens: Count = 1024
+    max_context_tokens: Annotated[int, Field(ge=8)] = 1024
+    temperature: NonNegative = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RewardConfig:
+    """From the verifier's verdict to per-role, per-turn rewards."""
+
+    scheme: Literal["outcome", "base"] = "outcome"  # base: +1 / -0.5 / -1 of the paper, planner penalised for answering
+    mask_unfinished_reward: bool = True  # an episode that did not finish earns 0
+    verifier_processes: Count = 1  # per rank
+    verifier_timeout_s: Positive = 5.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class AlgorithmConfig:
+    """The objective of one policy update (rema.md 2 and 3)."""
+
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus"] = "grpo"
+    turn_discount: Annotated[float, Field(ge=0, le=1)] = 1.0  # reinforce_plus_plus: discount of a turn's return
+    ratio_level: Literal["token", "turn", "trace"] = "turn"
+    ratio_mean: Literal["geometric", "arithmetic"] = "geometric"  # inside a turn or trace
+    aggregation: Literal["token", "turn", "episode", "constant"] = "turn"
+    clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2
+    clip_high: NonNegative = 0.2
+    dual_clip: Annotated[float, Field(ge=1)] = 3.0
+    log_ratio_cap: NonNegative = 3.0
+    kl_coef: NonNegative = 0.0  # > 0 keeps a frozen reference copy of each policy
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    entropy_coef: float = 0.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class OptimizerConfig:
+    """Adam of megatron-core and its schedule. Units: steps are optimizer steps."""
+
+    lr: NonNegative = 1e-6
+    min_lr: NonNegative = 0.0
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: NonNegative = 0.0
+    grad_clip: NonNegative = 1.0  # global norm; 0 turns clipping off
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainerConfig:
+    """Length and rhythm of a run."""
+
+    steps: NonNegativeInt = 100  # rollout steps (train) or optimizer steps (sft)
+    minibatches_per_step: Count = 1  # optimizer steps per rollout
+    microbatch_tokens: Count = 4096  # packed tokens per forward; at least the longest trace
+    global_batch_dialogues: Count = 64  # sft: dialogues per optimizer step
+    evaluate_every: NonNegativeInt = 0  # 0: only before the first and after the last step
+    evaluation_problems: NonNegativeInt = 200  # per set, the first ones of the file; 0: all
+    evaluation_samples: Count = 4  # dialogues per problem
+    evaluation_temperature: NonNegative = 1.0
+    checkpoint_every: NonNegativeInt = 0  # 0: only after the last step
+    keep_checkpoints: Count = 2
+    save_hf: bool = True  # export each policy as a Hugging Face checkpoint at the end
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RunConfig:
+    """Everything one run needs."""
+
+    run_dir: str
+    task: TaskConfig
+    agents: AgentsConfig
+    model: ModelConfig
+    parallel: ParallelConfig
+    engine: EngineConfig
+    rollout: RolloutConfig
+    reward: RewardConfig
+    algorithm: AlgorithmConfig
+    optimizer: OptimizerConfig
+    trainer: TrainerConfig
+    seed: int = 0
+    resume: bool = False  # continue run_dir from its latest checkpoint
+    score_file: str | None = None  # evaluate: score saved responses instead of playing dialogues
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """Roles that speak, META_THINKING first."""
+        spoken = {role for policy in self.agents.policies.values() for role in policy.roles}
+        return tuple(role for role in Role if role in spoken)
+
+    @property
+    def policy_of_role(self) -> dict[Role, str]:
+        return {role: name for name, policy in self.agents.policies.items() for role in policy.roles}
+
+    def model_path(self, policy: str) -> str:
+        return self.agents.policies[policy].path or self.model.path
+
+
+def load(cfg: DictConfig) -> RunConfig:
+    """DictConfig -> frozen dataclasses. Unknown keys, missing values, wrong types, choices and ranges raise ConfigError naming the key."""
+    try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        if missing:
+            raise ConfigError(f"{missing[0]} is not set and has no default: give {missing[0]}=VALUE on the command line.")
+        return TypeAdapter(RunConfig).validate_python(OmegaConf.to_container(cfg, resolve=True))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    except ValidationError as error:
+        raise ConfigError(" | ".join(_explain(detail) for detail in error.errors())) from error
+
+
+def _explain(detail: Any) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "unexpected_keyword_argument":
+        return f"{key} is {detail['input']!r}; there is no such key: see --help for the keys, or remove it."
+    return f"{key} is {detail['input']!r}; {detail['msg'][0].lower()}{detail['msg'][1:]}."
+
+
+def as_mapping(config: RunConfig) -> dict[str, Any]:
+    """The resolved configuration as plain containers (what ``config.yaml`` holds)."""
+    return asdict(config)
+
+
+def check(config: RunConfig, world_size: int) -> None:
+    """Rules between fields that need no model: raises ConfigError. Model rules are ``Architecture.check_layout``'s."""
+    _check_layout(config, world_size)
+    _check_agents(config)
+    _check_objective(config)
+    _check_budgets(config)
+
+
+def _check_layout(config: RunConfig, world_size: int) -> None:
+    tensor, pipeline, engine = config.parallel.tensor, config.parallel.pipeline, config.engine.tensor
+    remedy = f"launch with torchrun --nproc-per-node {tensor * pipeline} (or a multiple), or lower them"
+    if world_size % (tensor * pipeline):
+        raise ConfigError(
+            f"parallel.tensor ({tensor}) * parallel.pipeline ({pipeline}) must divide world_size ({world_size}); "
+            f"got remainder {world_size % (tensor * pipeline)}: {remedy}."
+        )
+    if world_size % engine:
+        raise ConfigError(f"engine.tensor ({engine}) must divide world_size ({world_size}); got remainder {world_size % engine}.")
+    if config.parallel.sequence_parallel and tensor == 1:
+        raise ConfigError("parallel.sequence_parallel is true with parallel.tensor 1; it needs parallel.tensor >= 2: turn it off.")
+
+
+def _check_agents(config: RunConfig) -> None:
+    policies = config.agents.policies
+    owner: dict[Role, str] = {}
+    for name, policy in policies.items():
+        for role in policy.roles:
+            if role in owner:
+                raise ConfigError(f"role {role} belongs to policies {owner[role]} and {name}; give each role to one policy.")
+            owner[role] = name
+    if Role.REASONING not in owner:
+        raise ConfigError("no policy speaks for 'reasoning', which gives the answer; add it to one policy's roles.")
+    for role in config.roles:
+        if role not in config.task.system_prompts:
+            raise ConfigError(f"task.system_prompts has no entry for role {role}; add task.system_prompts.{role}=TEXT.")
+    if config.agents.schedule == "alternating" and len(policies) < 2:
+        raise ConfigError("agents.schedule is 'alternating' with one policy; use agents=separate or agents.schedule=simultaneous.")
+
+
+def _check_objective(config: RunConfig) -> None:
+    algorithm = config.algorithm
+    if algorithm.dual_clip <= 1 + algorithm.clip_high:
+        raise ConfigError(
+            f"algorithm.dual_clip ({algorithm.dual_clip}) must exceed 1 + algorithm.clip_high ({1 + algorithm.clip_high}), "
+            "or it would clip what the first clip lets through: raise it."
+        )
+    if algorithm.kl_coef > 0 and algorithm.kl_estimator == "k1":
+        raise ConfigError(
+            f"algorithm.kl_estimator is k1 with algorithm.kl_coef {algorithm.kl_coef}; as a loss its expected gradient is 0 and it holds "
+            "nothing back: use k2 or k3 (k1 is a metric at kl_coef=0)."
+        )
+
+
+def _check_budgets(config: RunConfig) -> None:
+    rollout, trainer = config.rollout, config.trainer
+    if trainer.microbatch_tokens < rollout.max_context_tokens:
+        raise ConfigError(
+            f"trainer.microbatch_tokens ({trainer.microbatch_tokens}) must hold the longest trace, "
+            f"rollout.max_context_tokens ({rollout.max_context_tokens}): raise the first or lower the second."
+        )
+    if rollout.top_p < 1 or rollout.temperature == 0:
+        raise ConfigError(
+            f"rollout.top_p ({rollout.top_p}) < 1 or rollout.temperature ({rollout.temperature}) = 0: the sampled distribution would not be "
+            "the trained one; train with top_p=1 and temperature > 0 (trainer.evaluation_temperature may be 0)."
+        )
+    if rollout.episodes_per_prompt < 2 and config.algorithm.advantage in ("grpo", "dr_grpo", "rloo"):
+        raise ConfigError(
+            f"rollout.episodes_per_prompt is {rollout.episodes_per_prompt}; algorithm.advantage={config.algorithm.advantage} compares "
+            "episodes of one prompt and needs at least 2."
+        )
+    if rollout.prompts_per_step < trainer.minibatches_per_step:
+        raise ConfigError(
+            f"trainer.minibatches_per_step ({trainer.minibatches_per_step}) must not exceed "
+            f"rollout.prompts_per_step ({rollout.prompts_per_step}): a minibatch holds whole prompts."
+        )
+
+
+def check_run_dir(run_dir: str, resume: bool) -> None:
+    """Nothing that exists is overwritten: an existing run folder needs resume=true or another name."""
+    exists = Path(run_dir).exists() and any(Path(run_dir).iterdir())
+    if exists and not resume:
+        raise ConfigError(f"run_dir {run_dir} exists and is not empty; set resume=true to continue it, or choose another run_dir.")
+
+
+def check_file(name: str, path: str | None) -> None:
+    """A named input must exist before any model is built."""
+    if path is None or not Path(path).exists():
+        raise ConfigError(f"{name} is {path}; no such file or folder: create it or correct the path.")

@@ -1,0 +1,19 @@
+"""Evaluation: plays dialogues with a checkpoint (``evaluate model.path=HF``), or scores saved responses (``evaluate score_file=FILE``)."""
+
+from megatron_rema.config import RunConfig
+from megatron_rema.front_door import enter
+
+
+def run(config: RunConfig) -> None:
+    if config.score_file is not None:
+        from megatron_rema.trainer.evaluation import score_responses
+
+        score_responses(config)
+    else:
+        from megatron_rema.trainer.evaluation import evaluate_checkpoint
+
+        evaluate_checkpoint(config)
+
+
+if __name__ == "__main__":
+    enter("evaluate", run)

@@ -1,0 +1,125 @@
+"""Log-probability and entropy of a token distribution whose vocabulary is sharded over tensor-parallel ranks.
+
+Shapes: T label positions, V the padded vocabulary, V/tp this rank's shard ("local"): columns [rank * V/tp, (rank + 1) * V/tp).
+Over the wire, forward: one all-gather of four numbers per token, merged in rank order, hence bitwise equal on every rank.
+Backward: nothing; each rank forms the gradient of its own shard.
+Memory: what is kept for backward is the logits themselves (in their own dtype, no copy) and two numbers per token;
+float32 temporaries exist for one chunk of rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+CHUNK_ELEMENTS = 1 << 22  # logits of one float32 temporary (16 MiB)
+
+
+def vocab_parallel_logprobs_and_entropy(
+    local_logits_TV: Tensor,
+    labels_T: Tensor,
+    tp_group: ProcessGroup | None,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    vocab_size: int,
+) -> tuple[Tensor, Tensor | None]:
+    """[T] log-probability (nats) of each label under softmax(logits / temperature), and [T] entropy (nats) or None.
+
+    Computed in float32 whatever the logits' dtype (float64 logits: in float64). Columns from ``vocab_size`` on are padding:
+    they have no probability and get gradient 0. A label outside [0, vocab_size) gives NaN. ``tp_group`` None: not sharded.
+    Every rank returns the same values; the caller's loss must be the same on every rank, and its gradient is not reduced.
+    """
+    tp_size = 1 if tp_group is None else dist.get_world_size(tp_group)
+    if temperature <= 0.0:
+        raise ValueError(f"temperature must be positive, got {temperature}.")
+    width = local_logits_TV.shape[-1]
+    if width * tp_size < vocab_size:
+        raise ValueError(f"{tp_size} shards of {width} columns hold {width * tp_size} logits, fewer than vocab_size ({vocab_size}).")
+    assert local_logits_TV.dim() == 2 and labels_T.shape == local_logits_TV.shape[:1], (local_logits_TV.shape, labels_T.shape)
+    return _LogprobsAndEntropy.apply(local_logits_TV, labels_T, tp_group, temperature, with_entropy, vocab_size)
+
+
+class _LogprobsAndEntropy(torch.autograd.Function):
+    """z = logits / temperature, p = softmax(z), a the label, H = -sum p log p:
+
+    d logp_a / d z_j = [j = a] - p_j          d H / d z_j = -p_j (log p_j + H)
+    """
+
+    @staticmethod
+    def forward(ctx, logits_TV, labels_T, tp_group, temperature, with_entropy, vocab_size):
+        tp_size, rank = (1, 0) if tp_group is None else (dist.get_world_size(tp_group), dist.get_rank(tp_group))
+        first = rank * logits_TV.shape[1]
+        num_valid = min(max(vocab_size - first, 0), logits_TV.shape[1])
+        is_mine_T = (labels_T >= first) & (labels_T < first + num_valid)
+        column_T = (labels_T - first).masked_fill(~is_mine_T, 0)
+
+        # local max m, sum of exp(z - m), sum of exp(z - m) (z - m), label's z (0 where another rank has it)
+        dtype = torch.promote_types(logits_TV.dtype, torch.float32)
+        local_T4 = torch.zeros(logits_TV.shape[0], 4, dtype=dtype, device=logits_TV.device)
+        if num_valid == 0:
+            local_T4[:, 0] = torch.finfo(dtype).min  # finite, so that a shard of padding adds 0 and no NaN
+        else:
+            for rows in _row_chunks(logits_TV):
+                z_RV = logits_TV[rows, :num_valid].to(dtype) / temperature
+                local_T4[rows, 3] = z_RV.gather(1, column_T[rows, None])[:, 0].masked_fill(~is_mine_T[rows], 0.0)
+                max_R = z_RV.amax(1)
+                z_RV -= max_R[:, None]
+                exp_RV = z_RV.exp()
+                local_T4[rows, 0] = max_R
+                local_T4[rows, 1] = exp_RV.sum(1)
+                if with_entropy:
+                    local_T4[rows, 2] = exp_RV.mul_(z_RV).sum(1)
+
+        if tp_size == 1:
+            shards_ST4 = local_T4[None]
+        else:
+            shards_ST4 = local_T4.new_empty(tp_size, *local_T4.shape)
+            dist.all_gather(list(shards_ST4.unbind(0)), local_T4, group=tp_group)
+        max_ST, sum_ST, weighted_ST, label_ST = shards_ST4.unbind(-1)
+        max_T = max_ST.amax(0)
+        shift_ST = max_ST - max_T
+        scale_ST = shift_ST.exp()
+        total_T = (scale_ST * sum_ST).sum(0)
+        log_total_T = total_T.log()
+        logprobs_T = label_ST.sum(0) - max_T - log_total_T
+        logprobs_T = logprobs_T.masked_fill((labels_T < 0) | (labels_T >= vocab_size), float("nan"))
+        entropy_T = None
+        if with_entropy:
+            entropy_T = log_total_T - (scale_ST * (weighted_ST + shift_ST * sum_ST)).sum(0) / total_T
+
+        ctx.save_for_backward(logits_TV, column_T, is_mine_T, max_T + log_total_T, entropy_T)
+        ctx.temperature, ctx.num_valid = temperature, num_valid
+        ctx.set_materialize_grads(False)
+        return logprobs_T, entropy_T
+
+    @staticmethod
+    def backward(ctx, grad_logprobs_T, grad_entropy_T):
+        logits_TV, column_T, is_mine_T, lse_T, entropy_T = ctx.saved_tensors
+        if grad_logprobs_T is None and grad_entropy_T is None:
+            return None, None, None, None, None, None
+        zeros_T = torch.zeros_like(lse_T)
+        grad_logprobs_T = zeros_T if grad_logprobs_T is None else grad_logprobs_T
+        grad_TV = torch.zeros_like(logits_TV)
+        if ctx.num_valid:
+            for rows in _row_chunks(logits_TV):
+                logp_RV = (logits_TV[rows, : ctx.num_valid].to(lse_T.dtype) / ctx.temperature).sub_(lse_T[rows, None])
+                p_RV = logp_RV.exp()
+                if grad_entropy_T is None:
+                    grad_RV = p_RV.mul_(-grad_logprobs_T[rows, None])
+                else:
+                    slope_RV = logp_RV.add_(entropy_T[rows, None]).mul_(grad_entropy_T[rows, None]).add_(grad_logprobs_T[rows, None])
+                    grad_RV = p_RV.mul_(slope_RV).neg_()
+                label_grad_R = grad_logprobs_T[rows].masked_fill(~is_mine_T[rows], 0.0)
+                grad_RV.scatter_add_(1, column_T[rows, None], label_grad_R[:, None])
+                grad_TV[rows, : ctx.num_valid] = grad_RV / ctx.temperature
+        return grad_TV, None, None, None, None, None
+
+
+def _row_chunks(logits_TV: Tensor) -> Iterator[slice]:
+    rows = max(1, CHUNK_ELEMENTS // max(1, logits_TV.shape[1]))
+    return (slice(start, start + rows) for start in range(0, logits_TV.shape[0], rows))

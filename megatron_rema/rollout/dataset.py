@@ -1,0 +1,156 @@
+"""Data in: problems and written dialogues from JSONL or parquet, and a stateless shuffled stream of prompts.
+
+A bad row is a ValueError that names file, line (row for parquet, both from 1) and field.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_rema.types import Prompt, Role
+
+
+@dataclass(frozen=True)
+class WrittenDialogue:
+    """A dialogue given as texts, for the cold start. ``turns`` alternate as in an episode."""
+
+    question: str
+    answer: str
+    turns: tuple[tuple[Role, str], ...]
+
+
+def read_prompts(
+    path: str | Path,
+    *,
+    question_key: str = "question",
+    answer_key: str = "answer",
+    id_key: str | None = None,
+    level_key: str = "level",
+    subset_key: str = "subset",
+    limit: int | None = None,
+) -> list[Prompt]:
+    """Problems of one file. ``level_key`` and ``subset_key`` may be missing; without ``id_key`` ids are file name and line."""
+    prompts: list[Prompt] = []
+    first_line: dict[str, str] = {}
+    for where, number, row in _rows(path):
+        if limit is not None and len(prompts) == limit:
+            break
+        prompt_id = _text(row, id_key, where) if id_key else f"{Path(path).stem}-{number}"
+        if prompt_id in first_line:
+            raise ValueError(f"{where}: field {id_key!r} is {prompt_id!r} as in {first_line[prompt_id]}: ids must be unique in a file.")
+        first_line[prompt_id] = where
+        question, answer = _text(row, question_key, where), _text(row, answer_key, where)
+        subset = row.get(subset_key)
+        prompts.append(Prompt(prompt_id, question, answer, _level(row.get(level_key), level_key, where), "" if subset is None else str(subset)))
+    if not prompts:
+        raise ValueError(f"{path}: no rows. Give a file with at least one problem.")
+    return prompts
+
+
+def read_dialogues(path: str | Path) -> list[WrittenDialogue]:
+    """Rows {"question", "answer", "turns": [{"role": "meta_thinking" | "reasoning", "text"}, ...]}; both roles in turn, or the reasoner once."""
+    dialogues: list[WrittenDialogue] = []
+    for where, _, row in _rows(path):
+        turns = row.get("turns")
+        if not isinstance(turns, list) or not turns:
+            raise ValueError(f"{where}: field 'turns' must be a list with at least one turn, got {_brief(turns)}.")
+        spoken: list[tuple[Role, str]] = []
+        for i, turn in enumerate(turns):
+            if not isinstance(turn, dict):
+                raise ValueError(f"{where}: field 'turns[{i}]' must be an object with 'role' and 'text', got {_brief(turn)}.")
+            if turn.get("role") not in list(Role):
+                raise ValueError(f"{where}: field 'turns[{i}].role' must be one of {[str(r) for r in Role]}, got {_brief(turn.get('role'))}.")
+            role = Role(turn["role"])
+            expected = Role.REASONING if len(turns) == 1 or i % 2 else Role.META_THINKING
+            if role is not expected:
+                raise ValueError(f"{where}: field 'turns[{i}].role' is {str(role)!r} where {str(expected)!r} must speak: roles alternate.")
+            spoken.append((role, _text(turn, "text", where, shown_as=f"turns[{i}].text")))
+        dialogues.append(WrittenDialogue(_text(row, "question", where), _text(row, "answer", where), tuple(spoken)))
+    if not dialogues:
+        raise ValueError(f"{path}: no rows. Give a file with at least one dialogue.")
+    return dialogues
+
+
+class PromptStream:
+    """Endless prompts, shuffled anew each epoch. Its whole state is the position that the caller keeps (and checkpoints)."""
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int):
+        if not prompts:
+            raise ValueError("PromptStream needs at least one prompt, got none.")
+        self.prompts, self.seed = tuple(prompts), seed
+        self._cached: tuple[int, list[int]] = (-1, [])
+
+    def take(self, position: int, n: int) -> list[Prompt]:
+        """The ``n`` prompts from ``position`` on, counted over all epochs."""
+        size = len(self.prompts)
+        return [self.prompts[self._order(p // size)[p % size]] for p in range(position, position + n)]
+
+    def _order(self, epoch: int) -> list[int]:
+        if self._cached[0] != epoch:
+            order = list(range(len(self.prompts)))
+            random.Random(f"{self.seed}/{epoch}").shuffle(order)  # a string seed is hashed the same everywhere
+            self._cached = (epoch, order)
+        return self._cached[1]
+
+
+def _rows(path: str | Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """(where, number, row) of each row; blank JSONL lines are skipped."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file. Give a .jsonl or .parquet file.")
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as parquet
+
+        number = 0
+        for batch in parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path} row {number}", number, row
+    elif path.suffix in (".jsonl", ".json"):
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                where = f"{path} line {number}"
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{where}: not JSON ({error}). Every line must be one JSON object.") from None
+                if not isinstance(row, dict):
+                    raise ValueError(f"{where}: must be a JSON object, got {_brief(row)}.")
+                yield where, number, row
+    else:
+        raise ValueError(f"{path}: cannot read files that end in {path.suffix!r}. Give a .jsonl or .parquet file.")
+
+
+def _text(row: dict[str, Any], key: str, where: str, *, shown_as: str | None = None) -> str:
+    name = shown_as or key
+    if key not in row:
+        raise ValueError(f"{where}: field {name!r} is missing; the row has {sorted(row)}. Rename the column or set its key in the config.")
+    value = row[key]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}: field {name!r} must be text that is not blank, got {_brief(value)}.")
+    return value
+
+
+def _level(value: Any, key: str, where: str) -> int:
+    """3, "3" and "Level 3" are 3; missing is 0."""
+    if value is None:
+        return 0
+    match = re.fullmatch(r"(?:Level )?(\d+)", str(value))
+    if isinstance(value, bool) or match is None:
+        raise ValueError(f"{where}: field {key!r} must be a whole number, got {_brief(value)}.")
+    return int(match[1])
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,107 @@
+"""Who hears what: the rules of a dialogue, and one dialogue as each role's growing token view.
+
+meta-thinker: system S_h, user x, assistant m_1, user y_1, assistant m_2, ...          Source: ReMA arXiv:2503.09501 section 3.
+reasoner:     system S_l, user "question x + instruction m_1", assistant y_1, user m_2, assistant y_2, ...
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from megatron_rema.rollout.chat import ChatFormat
+from megatron_rema.types import Completion, Role, Turn
+
+TWO_ROLES, ONE_ROLE = (Role.META_THINKING, Role.REASONING), (Role.REASONING,)
+
+
+@dataclass(frozen=True)
+class DialogueRules:
+    """Everything that shapes an episode. Token limits count sampled tokens, but ``max_context_tokens`` counts a role's whole view."""
+
+    max_turn_tokens: int
+    max_episode_tokens: int
+    max_context_tokens: int
+    max_rounds: int = 1
+    roles: tuple[Role, ...] = TWO_ROLES  # (REASONING,) alone plays the single-agent baselines
+    finish_marker: str | None = "[FINISH]"  # None: no marker in this protocol, the episode finishes after max_rounds
+    system_prompts: Mapping[Role, str] = field(default_factory=dict)  # missing = no system message
+    policy_of_role: Mapping[Role, str] = field(default_factory=dict)  # missing = "policy"
+    reasoner_template: str = "Question:\n{question}\n\nInstruction:\n{instruction}"
+    temperature: float = 1.0
+    top_p: float = 1.0
+    end_on_truncated_turn: bool = True  # False: only a truncated last turn spoils the episode
+
+    def __post_init__(self) -> None:
+        if self.roles not in (TWO_ROLES, ONE_ROLE):
+            raise ValueError(f"roles must be (meta_thinking, reasoning) or (reasoning,), got {tuple(map(str, self.roles))}.")
+        for name in ("max_rounds", "max_turn_tokens", "max_episode_tokens", "max_context_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.finish_marker is not None and not self.finish_marker.strip():
+            raise ValueError(f"finish_marker must hold text, got {self.finish_marker!r}; None plays max_rounds rounds without a marker.")
+        missing = [name for name in ("question", "instruction") if f"{{{name}}}" not in self.reasoner_template]
+        if missing:
+            raise ValueError(f"reasoner_template must hold {{{missing[0]}}}, got {self.reasoner_template!r}.")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"temperature must be >= 0 and top_p in (0, 1], got {self.temperature} and {self.top_p}.")
+
+    def policy_for(self, role: Role) -> str:
+        return self.policy_of_role.get(role, "policy")
+
+    def says_finish(self, text: str) -> bool:
+        return self.finish_marker is not None and self.finish_marker in text
+
+    def first_instruction(self, question: str, instruction: str) -> str:
+        """The reasoner's first user message. One pass: braces inside the messages stay as they are."""
+        messages = {"question": question, "instruction": instruction}
+        return re.sub(r"\{(question|instruction)\}", lambda match: messages[match[1]], self.reasoner_template)
+
+
+class Dialogue:
+    """One dialogue in progress. The same for sampled turns (RL) and written ones (cold start), so both see the same tokens."""
+
+    def __init__(self, chat: ChatFormat, rules: DialogueRules, question: str):
+        self.turns: list[Turn] = []
+        self._chat, self._rules, self._question = chat, rules, question
+        self._views: dict[Role, tuple[int, ...]] = {role: () for role in rules.roles}
+        self._context: tuple[int, ...] | None = None  # what the next speaker hears, encoded when first asked for
+
+    @property
+    def next_role(self) -> Role:
+        return self._rules.roles[len(self.turns) % len(self._rules.roles)]
+
+    @property
+    def round_index(self) -> int:
+        """Round of the next turn, from 0."""
+        return len(self.turns) // len(self._rules.roles)
+
+    def prompt(self) -> tuple[int, ...]:
+        """The next speaker's whole view, generation prompt included."""
+        view = self._views[self.next_role]
+        if self._context is None:
+            message = self._message_for_next()
+            if view:
+                self._context = self._chat.following(view, message)
+            else:
+                self._context = self._chat.opening(self._rules.system_prompts.get(self.next_role, ""), message)
+        return view + self._context
+
+    def add(self, completion: Completion) -> Turn:
+        """The next speaker said this."""
+        role, prompt = self.next_role, self.prompt()
+        text = self._chat.text_of(completion.token_ids)
+        turn = Turn(role, self.round_index, self._context, completion, text)
+        self._views[role] = prompt + completion.token_ids
+        self.turns.append(turn)
+        self._context = None
+        return turn
+
+    def _message_for_next(self) -> str:
+        if not self.turns:
+            return self._question
+        heard = self.turns[-1].text
+        if self.next_role is Role.REASONING and len(self.turns) == 1:
+            return self._rules.first_instruction(self._question, heard)
+        return heard

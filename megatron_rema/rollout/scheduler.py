@@ -1,0 +1,129 @@
+"""The state machine of many dialogues at once: which turns to sample next, and how each episode ends.
+
+Pure and deterministic: no clock, no randomness of its own, no set order. Each episode's turns depend on its own completions only, so
+neither the order in which completions arrive nor the rank that plays an episode changes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+
+from megatron_rema.rollout.chat import ChatFormat
+from megatron_rema.rollout.dialogue import Dialogue, DialogueRules
+from megatron_rema.types import Completion, Episode, EpisodeStatus, Prompt, Role, StopReason, TurnRequest
+
+
+def turn_seed(seed: int, step: int, prompt_id: str, group_index: int, turn_number: int) -> int:
+    """Seed of one turn, in [0, 2**31): depends on what is sampled, never on where or when."""
+    key = repr((seed, step, prompt_id, group_index, turn_number)).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little") >> 1
+
+
+def starts_of(prompts: Sequence[Prompt], group_size: int) -> list[tuple[Prompt, int]]:
+    """(prompt, group_index) of every episode to play, prompt by prompt. A prompt listed twice gets a group twice as large.
+
+    Ranks may divide the list in any way; an episode does not depend on who plays it.
+    """
+    starts: list[tuple[Prompt, int]] = []
+    seen: Counter[str] = Counter()
+    for prompt in prompts:
+        first = seen[prompt.prompt_id]
+        starts += [(prompt, first + i) for i in range(group_size)]
+        seen[prompt.prompt_id] += group_size
+    return starts
+
+
+class TurnScheduler:
+    """Plays the episodes of ``starts``. Loop: submit ``next_requests()``, hand each completion to ``accept``, until ``is_done``."""
+
+    def __init__(self, starts: Sequence[tuple[Prompt, int]], *, rules: DialogueRules, chat: ChatFormat, seed: int, step: int):
+        self.rules = rules
+        self.episodes = [Episode(f"{step}/{prompt.prompt_id}/{index}", prompt, index) for prompt, index in starts]  # in start order
+        ids = Counter(episode.episode_id for episode in self.episodes)
+        repeated = [episode_id for episode_id, count in ids.items() if count > 1]
+        if repeated:
+            raise ValueError(f"episode {repeated[0]!r} is listed {ids[repeated[0]]} times: every (prompt_id, group_index) must be unique.")
+        self._seed, self._step, self._stop_token_ids = seed, step, chat.stop_token_ids
+        self._in_flight: dict[str, tuple[Episode, Dialogue]] = {}  # by request_id; every running episode has one request
+        self._to_submit: list[TurnRequest] = []
+        self._never_started: list[Episode] = []
+        for episode in self.episodes:
+            self._request_turn(episode, Dialogue(chat, rules, episode.prompt.question))
+            if not episode.status.is_running:
+                self._never_started.append(episode)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._in_flight)
+
+    @property
+    def is_done(self) -> bool:
+        return not self._in_flight
+
+    def next_requests(self) -> list[TurnRequest]:
+        """Turns that can be sampled now; each is handed out once."""
+        requests, self._to_submit = self._to_submit, []
+        return requests
+
+    def take_never_started(self) -> list[Episode]:
+        """Episodes that ended before their first turn because the question does not fit the context; handed out once."""
+        episodes, self._never_started = self._never_started, []
+        return episodes
+
+    def accept(self, completion: Completion) -> Episode | None:
+        """Add one sampled turn to its dialogue. Returns the episode if that ended it."""
+        if completion.request_id not in self._in_flight:
+            raise ValueError(f"completion of request {completion.request_id!r}, which is not in flight: never submitted, or accepted before.")
+        assert len(completion.token_ids) == len(completion.logprobs), f"{completion.request_id}: tokens and logprobs differ in number."
+        episode, dialogue = self._in_flight.pop(completion.request_id)
+        episode.turns.append(dialogue.add(completion))
+        episode.status = self._status_after(episode)
+        if episode.status.is_running:
+            self._request_turn(episode, dialogue)
+        return None if episode.status.is_running else episode
+
+    def _status_after(self, episode: Episode) -> EpisodeStatus:
+        rules, turn = self.rules, episode.turns[-1]
+        num_rounds = turn.round_index + 1
+        if turn.completion.stop_reason is StopReason.ABORT:
+            return EpisodeStatus.ABORTED
+        is_cut = turn.completion.stop_reason is StopReason.LENGTH
+        if is_cut and rules.end_on_truncated_turn:
+            return EpisodeStatus.TRUNCATED
+        if turn.role is Role.META_THINKING:
+            return EpisodeStatus.RUNNING  # the reasoner answers every message, one with the finish marker too
+        if Role.META_THINKING not in rules.roles or rules.says_finish(episode.turns[-2].text):
+            end = EpisodeStatus.FINISHED
+        elif num_rounds == rules.max_rounds:
+            end = EpisodeStatus.FINISHED if rules.finish_marker is None else EpisodeStatus.MAX_ROUNDS
+        else:
+            return EpisodeStatus.RUNNING
+        return EpisodeStatus.TRUNCATED if is_cut else end
+
+    def _request_turn(self, episode: Episode, dialogue: Dialogue) -> None:
+        """Queue the next turn, or end the episode when no token of it would fit."""
+        rules, role, prompt = self.rules, dialogue.next_role, dialogue.prompt()
+        context_left = rules.max_context_tokens - len(prompt)
+        episode_left = rules.max_episode_tokens - episode.num_sampled_tokens
+        if context_left < 1:
+            episode.status = EpisodeStatus.CONTEXT_OVERFLOW
+            return
+        if episode_left < 1:
+            episode.status = EpisodeStatus.TRUNCATED
+            return
+        turn_number = len(episode.turns)
+        request = TurnRequest(
+            request_id=f"{episode.episode_id}/{turn_number}",
+            policy=rules.policy_for(role),
+            role=role,
+            token_ids=prompt,
+            max_tokens=min(rules.max_turn_tokens, context_left, episode_left),
+            seed=turn_seed(self._seed, self._step, episode.prompt.prompt_id, episode.group_index, turn_number),
+            temperature=rules.temperature,
+            top_p=rules.top_p,
+            stop_token_ids=self._stop_token_ids,
+        )
+        self._in_flight[request.request_id] = (episode, dialogue)
+        self._to_submit.append(request)

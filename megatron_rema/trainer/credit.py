@@ -1,0 +1,39 @@
+"""Turn rewards of a step's episodes -> advantages per role and turn. Which episodes are compared is decided here; how, in algorithm/."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_rema.algorithm.advantage import group_advantage, reinforce_plus_plus
+from megatron_rema.config import AlgorithmConfig
+from megatron_rema.types import Episode, Role
+
+
+def assign_advantages(episodes: Sequence[Episode], roles: Sequence[Role], algorithm: AlgorithmConfig) -> None:
+    """Fill ``episode.advantages[role]`` ([K]) of every episode that has ``turn_rewards[role]``.
+
+    Group estimators compare a role's total reward with that of the same role in the other episodes of the prompt, and give every
+    turn of the trace that advantage; reinforce_plus_plus compares turn returns over the whole step.
+    """
+    for role in roles:
+        played = [episode for episode in episodes if episode.turn_rewards.get(role)]
+        if not played:
+            continue
+        rewards = [episode.turn_rewards[role] for episode in played]
+        if algorithm.advantage == "reinforce_plus_plus":
+            flat = torch.tensor([reward for turns in rewards for reward in turns])
+            trace_ids = torch.tensor([index for index, turns in enumerate(rewards) for _ in turns])
+            tokens = torch.tensor([len(turn.completion.token_ids) for episode in played for turn in episode.turns_of(role)])
+            per_turn = reinforce_plus_plus(flat, trace_ids, tokens, turn_discount=algorithm.turn_discount).tolist()
+            for episode, turns in zip(played, rewards, strict=True):
+                episode.advantages[role], per_turn = per_turn[: len(turns)], per_turn[len(turns) :]
+        else:
+            group_of = {prompt_id: index for index, prompt_id in enumerate(dict.fromkeys(e.prompt.prompt_id for e in played))}
+            group_ids = torch.tensor([group_of[episode.prompt.prompt_id] for episode in played])
+            totals = torch.tensor([sum(turns) for turns in rewards])
+            for episode, turns, value in zip(
+                played, rewards, group_advantage(totals, group_ids, estimator=algorithm.advantage).tolist(), strict=True
+            ):
+                episode.advantages[role] = [value] * len(turns)

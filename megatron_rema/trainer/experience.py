@@ -1,0 +1,116 @@
+"""Traces -> packed Batches. The one place where labels are shifted: ``labels = token_ids[1:]``.
+
+Shapes: T label positions of one packed batch, K turns of one trace, L tokens of one trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_rema.algorithm.losses import aggregation_weights
+from megatron_rema.parallel.groups import Groups
+from megatron_rema.parallel.microbatch import plan_microbatches
+from megatron_rema.types import Batch, Trace
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Global normalisers of one optimizer step: taken over every trace of the minibatch, whichever rank trains on it."""
+
+    num_tokens: int  # trainable tokens
+    num_turns: int
+    num_traces: int
+    max_turns: int
+
+    @classmethod
+    def of(cls, traces: Sequence[Trace]) -> Counts:
+        turns = [len(set(trace.turn_ids) - {-1}) for trace in traces]
+        return cls(sum(sum(trace.loss_mask) for trace in traces), sum(turns), len(traces), max(turns, default=0))
+
+
+def is_trainable(trace: Trace) -> bool:
+    """A trace without an own token after its first position has nothing to predict."""
+    return any(trace.loss_mask[1:])
+
+
+def pack(traces: Sequence[Trace], length: int) -> Batch:
+    """Lay traces end to end in ``length`` positions; what is left becomes padding sequences, none longer than the longest trace.
+
+    A trace of L tokens takes L-1 positions: its last token is only ever a label.
+    Raises ValueError when the traces do not fit.
+    """
+    sizes = [len(trace.token_ids) - 1 for trace in traces]
+    used = sum(sizes)
+    if used > length:
+        raise ValueError(f"{len(traces)} traces need {used} positions, the batch has {length}; plan with larger microbatch_tokens.")
+    longest = max(sizes, default=min(length, 128))
+    padding = [min(longest, length - start) for start in range(used, length, longest)]
+    tokens: list[int] = []
+    labels: list[int] = []
+    mask: list[bool] = []
+    turn_ids: list[int] = []
+    trace_ids: list[int] = []
+    rollout_logprobs: list[float] = []
+    advantages: list[float] = []
+    first_turn = 0
+    for index, trace in enumerate(traces):
+        tokens += trace.token_ids[:-1]
+        labels += trace.token_ids[1:]
+        mask += trace.loss_mask[1:]
+        turn_ids += [turn if turn < 0 else turn + first_turn for turn in trace.turn_ids[1:]]
+        trace_ids += [index] * (len(trace.token_ids) - 1)
+        rollout_logprobs += trace.rollout_logprobs[1:]
+        per_turn = trace.advantages
+        advantages += [per_turn[turn] if turn >= 0 and per_turn else 0.0 for turn in trace.turn_ids[1:]]
+        first_turn += 1 + max(trace.turn_ids, default=-1)
+    rest = length - used
+    for index, size in enumerate(padding, start=len(traces)):
+        trace_ids += [index] * size
+    positions = torch.cat([torch.arange(size) for size in [*sizes, *padding]])
+    boundaries = torch.tensor([0, *sizes, *padding], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return Batch(
+        tokens=torch.tensor(tokens + [0] * rest),
+        labels=torch.tensor(labels + [0] * rest),
+        positions=positions,
+        cu_seqlens=boundaries,
+        max_seqlen=longest,
+        loss_mask=torch.tensor(mask + [False] * rest),
+        turn_ids=torch.tensor(turn_ids + [-1] * rest),
+        trace_ids=torch.tensor(trace_ids),
+        num_turns=first_turn,
+        rollout_logprobs=torch.tensor(rollout_logprobs + [0.0] * rest),
+        advantages=torch.tensor(advantages + [0.0] * rest),
+    )
+
+
+def pack_for_rank(traces: Sequence[Trace], *, aggregation: str, microbatch_tokens: int, groups: Groups) -> list[Batch]:
+    """This data-parallel rank's microbatches of one optimizer step, all of one length, loss weights set.
+
+    Every rank passes the same traces: the plan and the global counts need no communication.
+    """
+    plan = plan_microbatches(
+        [len(trace.token_ids) - 1 for trace in traces],
+        max_tokens=microbatch_tokens,
+        num_ranks=groups.data_size,
+        multiple=8 * groups.tensor_size,
+    )
+    counts = Counts.of(traces)
+    batches = []
+    for indices in plan.microbatches[groups.data_rank]:
+        batch = pack([traces[i] for i in indices], plan.length)
+        batch.loss_weights = aggregation_weights(
+            batch.turn_ids,
+            batch.trace_ids,
+            batch.loss_mask,
+            num_turns=batch.num_turns,
+            aggregation=aggregation,
+            num_tokens_global=counts.num_tokens,
+            num_turns_global=counts.num_turns,
+            num_traces_global=counts.num_traces,
+            max_turns=counts.max_turns,
+        )
+        batches.append(batch)
+    return batches

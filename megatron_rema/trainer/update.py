@@ -1,0 +1,98 @@
+"""One policy update: forward-only scoring passes and the optimizer step. Assembly only; the arithmetic is algorithm/'s."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_rema.algorithm.losses import PolicyLossStats, policy_loss
+from megatron_rema.config import AlgorithmConfig
+from megatron_rema.models.optimizer import Optimizer
+from megatron_rema.models.policy import ParallelModel
+from megatron_rema.parallel.pipeline import broadcast_from_last_stage, forward_backward, reduce_stats
+from megatron_rema.parallel.vocab import vocab_parallel_logprobs_and_entropy
+from megatron_rema.types import Batch
+
+
+def score(model: ParallelModel, batches: Sequence[Batch], *, temperature: float) -> list[Tensor]:
+    """Log-probabilities [T] of every batch's labels under ``model``, without gradients, on every rank of the replica."""
+
+    def keep(local_logits_TV: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        logprobs_T, _ = vocab_parallel_logprobs_and_entropy(
+            local_logits_TV,
+            batch.labels,
+            model.groups.tp,
+            temperature=temperature,
+            with_entropy=False,
+            vocab_size=model.arch.vocab_size,
+        )
+        return logprobs_T.sum(), {"logprobs": logprobs_T.detach()}
+
+    outputs = forward_backward(model.chunks, model.config, batches, keep, groups=model.groups, forward_only=True)
+    shapes = [{"logprobs": torch.empty(batch.tokens.shape, dtype=torch.float32, device=batch.tokens.device)} for batch in batches]
+    return [output["logprobs"] for output in broadcast_from_last_stage(outputs, shapes, model.groups)]
+
+
+def update(
+    model: ParallelModel,
+    optimizer: Optimizer,
+    batches: Sequence[Batch],
+    *,
+    algorithm: AlgorithmConfig,
+    temperature: float,
+) -> dict[str, float]:
+    """One optimizer step on one minibatch. Returns metrics, equal on every rank.
+
+    Without ``old_logprobs`` the policy being updated is the one that sampled (one minibatch per rollout): its own detached
+    log-probabilities stand for them, which saves a forward pass and makes the ratio identically 1.
+    """
+
+    def loss(local_logits_TV: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(
+            local_logits_TV,
+            batch.labels,
+            model.groups.tp,
+            temperature=temperature,
+            with_entropy=True,
+            vocab_size=model.arch.vocab_size,
+        )
+        old_logprobs_T = logprobs_T.detach() if batch.old_logprobs is None else batch.old_logprobs
+        total, stats = policy_loss(
+            logprobs_T,
+            old_logprobs_T,
+            batch.advantages,
+            batch.loss_weights,
+            batch.turn_ids,
+            batch.trace_ids,
+            batch.loss_mask,
+            num_turns=batch.num_turns,
+            level=algorithm.ratio_level,
+            mean=algorithm.ratio_mean,
+            clip_low=algorithm.clip_low,
+            clip_high=algorithm.clip_high,
+            dual_clip=algorithm.dual_clip,
+            log_ratio_cap=algorithm.log_ratio_cap,
+            ref_logprobs_T=batch.ref_logprobs,
+            kl_coef=algorithm.kl_coef,
+            kl_estimator=algorithm.kl_estimator,
+            entropy_T=entropy_T,
+            entropy_coef=algorithm.entropy_coef,
+        )
+        gap_T = torch.where(batch.loss_mask, (old_logprobs_T - batch.rollout_logprobs).abs(), 0.0)
+        return total, {**stats.as_dict(), "gap_sum": gap_T.sum(), "gap_max": gap_T.max()}
+
+    optimizer.zero_grad()
+    outputs = forward_backward(model.chunks, model.config, batches, loss, groups=model.groups)
+    stats = reduce_stats(outputs, model.groups, maxima=("gap_max",))
+    result = optimizer.step()
+    means = PolicyLossStats.means(stats, level=algorithm.ratio_level)
+    return {
+        **{f"train/{name}": value for name, value in means.items()},
+        "train/grad_norm": result.grad_norm,
+        "train/skipped_updates": float(result.skipped),
+        "train/lr": result.lr,
+        "sync/logprob_gap_mean": stats["gap_sum"] / max(stats["num_tokens"], 1.0),
+        "sync/logprob_gap_max": stats["gap_max"],
+    }

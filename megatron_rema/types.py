@@ -1,0 +1,228 @@
+"""The nouns of the data path: every value that crosses a floor of the house has its type here.
+
+Prompt -> TurnRequest -> Completion -> Turn -> Episode -> Trace (one per role) -> Batch (packed, one per microbatch).
+
+Shapes: L tokens of one trace, T label positions of one packed batch, B traces, K turns of one trace, n tokens of one turn.
+Nothing here imports torch at run time: front doors, the scheduler and the report read these types without it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+
+
+class Role(StrEnum):
+    """Who speaks. The two spellings used by conf/, metrics and files."""
+
+    META_THINKING = "meta_thinking"
+    REASONING = "reasoning"
+
+
+class StopReason(StrEnum):
+    """Why the engine ended one turn."""
+
+    STOP = "stop"  # a stop token was sampled; it is the last of token_ids
+    LENGTH = "length"  # the token budget of the turn ran out; no stop token was sampled
+    ABORT = "abort"  # the engine gave the request up
+
+
+class EpisodeStatus(StrEnum):
+    """Where an episode is, or how it ended."""
+
+    RUNNING = "running"
+    FINISHED = "finished"  # the meta-thinker wrote the finish marker and the reasoner answered (one role: its one turn ended)
+    MAX_ROUNDS = "max_rounds"  # the rounds ran out before the finish marker
+    TRUNCATED = "truncated"  # a turn hit its token budget, or the episode its own
+    CONTEXT_OVERFLOW = "context_overflow"  # the next prompt leaves no room in the context window
+    ABORTED = "aborted"  # the engine gave up; excluded from training
+
+    @property
+    def is_running(self) -> bool:
+        return self is EpisodeStatus.RUNNING
+
+    @property
+    def is_finished(self) -> bool:
+        """Ended as the protocol wants; every other end may have its reward masked."""
+        return self is EpisodeStatus.FINISHED
+
+    @property
+    def is_cut(self) -> bool:
+        return not (self.is_running or self.is_finished)
+
+
+class Verdict(StrEnum):
+    """What the verifier says of an answer. UNKNOWN (time-out, crash) is never silently WRONG."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem of a data set. ``answer`` is the gold answer: only verifiers read it."""
+
+    prompt_id: str
+    question: str
+    answer: str
+    level: int = 0
+    subset: str = ""
+
+
+@dataclass(frozen=True)
+class TurnRequest:
+    """One turn to sample: what the scheduler asks of an engine. ``policy`` names the weights that speak for ``role``."""
+
+    request_id: str
+    policy: str
+    role: Role
+    token_ids: tuple[int, ...]  # the whole context of this role, generation prompt included
+    max_tokens: int
+    seed: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled turn, exactly as sampled; never re-tokenised."""
+
+    request_id: str
+    token_ids: tuple[int, ...]  # [n], a sampled stop token included
+    logprobs: tuple[float, ...]  # [n], log-probabilities (nats) under the sampling distribution (temperature applied)
+    stop_reason: StopReason
+    weight_version: int
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One role's completion and the context that was put in front of it since this role's previous turn."""
+
+    role: Role
+    round_index: int
+    context_token_ids: tuple[int, ...]  # unlabelled: system, question, the partner's message, template tokens
+    completion: Completion
+    text: str  # a view for humans and verifiers, stop token stripped
+
+
+@dataclass
+class Episode:
+    """A whole dialogue. Serialises to one JSON line (``to_json`` / ``from_json`` are inverse, floats exact)."""
+
+    episode_id: str
+    prompt: Prompt
+    group_index: int  # 0..G-1 among the episodes of this prompt
+    turns: list[Turn] = field(default_factory=list)
+    status: EpisodeStatus = EpisodeStatus.RUNNING
+    verdict: Verdict | None = None
+    score: dict[str, float] = field(default_factory=dict)  # reward components, raw
+    turn_rewards: dict[Role, list[float]] = field(default_factory=dict)  # [K] per role
+    advantages: dict[Role, list[float]] = field(default_factory=dict)  # [K] per role
+
+    def turns_of(self, role: Role) -> list[Turn]:
+        return [turn for turn in self.turns if turn.role is role]
+
+    @property
+    def num_sampled_tokens(self) -> int:
+        return sum(len(turn.completion.token_ids) for turn in self.turns)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Episode:
+        def turn(t: dict[str, Any]) -> Turn:
+            c = t["completion"]
+            completion = Completion(
+                c["request_id"], tuple(c["token_ids"]), tuple(c["logprobs"]), StopReason(c["stop_reason"]), c["weight_version"]
+            )
+            return Turn(Role(t["role"]), t["round_index"], tuple(t["context_token_ids"]), completion, t["text"])
+
+        return cls(
+            episode_id=row["episode_id"],
+            prompt=Prompt(**row["prompt"]),
+            group_index=row["group_index"],
+            turns=[turn(t) for t in row["turns"]],
+            status=EpisodeStatus(row["status"]),
+            verdict=None if row["verdict"] is None else Verdict(row["verdict"]),
+            score=dict(row["score"]),
+            turn_rewards={Role(role): list(v) for role, v in row["turn_rewards"].items()},
+            advantages={Role(role): list(v) for role, v in row["advantages"].items()},
+        )
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One role's flat view of an episode: its contexts and its own turns, in order."""
+
+    episode_id: str
+    role: Role
+    token_ids: tuple[int, ...]  # [L]
+    loss_mask: tuple[bool, ...]  # [L], True on this role's own sampled tokens
+    turn_ids: tuple[int, ...]  # [L], 0..K-1 on own tokens, -1 = not mine
+    rollout_logprobs: tuple[float, ...]  # [L], 0.0 where not mine
+    turn_rewards: tuple[float, ...]  # [K]
+    advantages: tuple[float, ...] = ()  # [K], one per turn
+
+
+@dataclass
+class Batch:
+    """A packed microbatch: B sequences laid end to end, then padding that forms a sequence of its own.
+
+    Every per-token field is aligned with ``labels``: position t holds what belongs to predicting ``labels[t]`` from
+    ``tokens[..t]``. ``turn_ids`` are dense over the batch (0..num_turns-1, -1 = not trained), so one segment reduction
+    serves all sequences. ``loss_weights`` already hold the global normaliser of the optimizer step.
+    """
+
+    tokens: Tensor  # [T] int64
+    labels: Tensor  # [T] int64, tokens shifted by one inside each sequence; 0 at each sequence's last position
+    positions: Tensor  # [T] int64, restart at every sequence
+    cu_seqlens: Tensor  # [B+1] int32, padding sequence included
+    max_seqlen: int
+    loss_mask: Tensor  # [T] bool
+    turn_ids: Tensor  # [T] int64
+    trace_ids: Tensor  # [T] int64, index of the sequence in this batch
+    num_turns: int
+    loss_weights: Tensor | None = None  # [T] float32, 0.0 where loss_mask is False
+    advantages: Tensor | None = None  # [T] float32
+    rollout_logprobs: Tensor | None = None  # [T] float32
+    old_logprobs: Tensor | None = None  # [T] float32
+    ref_logprobs: Tensor | None = None  # [T] float32
+
+
+class Engine(Protocol):
+    """What rollout needs of an inference engine. It knows tokens, not roles or rewards.
+
+    All ranks of one engine's tensor-parallel group call every method in the same order with the same arguments.
+    """
+
+    @property
+    def weight_version(self) -> int: ...
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests submitted and not yet returned by ``step``."""
+
+    def submit(self, request: TurnRequest) -> None:
+        """Queue one request. Raises ValueError when it cannot fit the context window."""
+
+    def step(self) -> list[Completion]:
+        """Advance all running requests by one engine step; return those that ended, in a deterministic order."""
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
+        """Replace ALL weights in place (Hugging Face names, full tensors) and drop cached prefixes. Missing or unknown names raise."""
+
+    def sleep(self) -> None:
+        """Give device memory back between rollouts (no-op where the platform has none to give)."""
+
+    def wake(self) -> None: ...
+
+    def close(self) -> None: ...
