@@ -6,7 +6,6 @@ choices and ranges), and ``check`` applies the rules between fields before any m
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -223,7 +222,7 @@ def _explain(detail: Any) -> str:
 
 def as_mapping(config: RunConfig) -> dict[str, Any]:
     """The resolved configuration as plain containers (what ``config.yaml`` holds)."""
-    return asdict(config)
+    return TypeAdapter(RunConfig).dump_python(config, mode="json")
 
 
 def check(config: RunConfig, world_size: int) -> None:

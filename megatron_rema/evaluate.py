@@ -6,9 +6,9 @@ from megatron_rema.front_door import enter
 
 def run(config: RunConfig) -> None:
     if config.score_file is not None:
-        from megatron_rema.trainer.evaluation import score_responses
+        from megatron_rema.trainer.score_file import score_file
 
-        score_responses(config)
+        score_file(config)
     else:
         from megatron_rema.trainer.evaluation import evaluate_checkpoint
 

@@ -34,7 +34,7 @@ def _rank_main(rank: int, world: int, store: str, fn: Callable, args: tuple, res
 def run_ranks(tmp_path: Path) -> Callable[..., list]:
     """``run_ranks(world, fn, *args, timeout_s=60)`` runs ``fn(*args)`` on ``world`` forked gloo ranks; returns its values in rank order.
 
-    Values travel by pickle: return numbers, lists, numpy arrays or CPU tensors ``.numpy()``. A rank's exception fails the test with its traceback.
+    Values travel by pickle: return numbers, lists or numpy arrays. A rank's exception fails the test with that rank's traceback.
     Forking a parent in which torch has one thread is safe and takes 0.1-1 s a call, where torchrun takes 8-18 s.
     """
     import torch
@@ -50,7 +50,7 @@ def run_ranks(tmp_path: Path) -> Callable[..., list]:
         context = multiprocessing.get_context("fork")
         results = context.Queue()
         store = str(tmp_path / f"store_{calls}")
-        ranks = [context.Process(target=_rank_main, args=(r, world, store, fn, args, results), daemon=True) for r in range(world)]
+        ranks = [context.Process(target=_rank_main, args=(r, world, store, fn, args, results)) for r in range(world)]
         for process in ranks:
             process.start()
         values: dict[int, Any] = {}

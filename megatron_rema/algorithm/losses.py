@@ -190,7 +190,7 @@ def policy_loss(
             policy_loss=policy_term.detach().float(),
             num_tokens=loss_mask_T.sum().float(),
             num_units=over_units(torch.ones_like(tokens_T)),
-            clipped_units=over_units((clipped_T > plain_T) & ~is_dual_clipped_T),
+            clipped_units=over_units(clipped_T > plain_T),
             dual_clipped_units=over_units(is_dual_clipped_T),
             ratio_units=over_units(ratio_T),
             kl_old_k3_nats_tokens=over_tokens(kl_estimate(old_logprobs_T, logprobs_T, estimator="k3")),

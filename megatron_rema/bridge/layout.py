@@ -1,6 +1,6 @@
 """From Hugging Face tensors to one rank's shard and back: pure tensor functions, no process groups.
 
-Shapes: Q query heads, K key-value heads, D numbers per head, H hidden size, N tensor-parallel ranks, ``...`` H for a weight, nothing for a bias.
+Shapes: Q query heads, K key-value heads, D numbers per head, V vocabulary, H hidden size; ``...`` is H for a weight, nothing for a bias.
 Source: megatron-core 0.16 ``attention.py`` (a kv head's rows are its Q/K query heads, then its key, then its value) and ``mlp.py`` (a
 rank's rows of linear_fc1 are its gates, then its ups).
 """

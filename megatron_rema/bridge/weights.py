@@ -1,88 +1,70 @@
 """Weights out of a Hugging Face folder into TP x PP shards, and back: to an engine, or to a new folder.
 
-The module is taken structurally (``named_parameters``, ``decoder.layers[i].layer_number``): a bare megatron-core GPTModel of this
-rank's pipeline stage. At every moment memory holds about one full tensor more than the module (saving: one file's worth).
+The module is taken structurally (``named_parameters``, ``decoder.layers[i].layer_number``): a bare megatron-core GPTModel, this rank's
+pipeline stage. Beyond the module, memory holds about one full tensor at a time (the writer of a folder: one file's worth).
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megatron_rema.architecture import Architecture
+from megatron_rema.bridge.folder import CheckpointReader, write_checkpoint
 from megatron_rema.bridge.layout import shard_shape, to_hf, to_megatron
-from megatron_rema.bridge.names import Entry, canonical_name, hf_shapes, name_map
-
-if TYPE_CHECKING:
-    from megatron_rema.parallel.groups import Groups
-
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-# What stands beside the weights in a checkpoint folder and goes along unchanged.
-_COMPANIONS = ("generation_config.json", "tokenizer*", "*.tiktoken", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")  # fmt: skip
-# Fields of Architecture that may differ between a checkpoint and the model it fills: they touch neither shapes nor arithmetic.
-_FREE_FIELDS = ("max_positions", "eos_token_ids")
+from megatron_rema.bridge.names import canonical_name, name_map
+from megatron_rema.parallel.exchange import gather_rows
+from megatron_rema.parallel.groups import Groups
 
 
 @torch.no_grad()
 def load_hf(module: nn.Module, arch: Architecture, path: str | Path, groups: Groups) -> int:
     """Fills every parameter of this rank's module from a Hugging Face folder; returns the bytes filled. Reads what this stage needs.
 
-    Values are cast to the parameter's dtype. Call it before the optimizer takes its fp32 master copy. Raises ValueError naming the
-    tensor or field when the folder holds another architecture, misses a tensor, or has one that no parameter takes.
+    Values are cast to the parameter's dtype. Call it before the optimizer takes its fp32 master copy. Not a collective. Raises ValueError
+    naming the tensor or field when the folder holds another architecture, misses a tensor, or has one that no parameter takes.
     """
-    path = Path(path)
-    _check_same_architecture(arch, path)
-    file_of = _check_tensors(arch, path)
+    reader = CheckpointReader(path, arch)
+    entries = name_map(arch)
     num_bytes = 0
-    with _Reader(file_of) as reader:
-        for parameter, entry in _own_entries(module, arch).values():
-            if entry.is_copy and "lm_head.weight" in file_of:
-                _check_copy(reader, entry, path)
-            tensors = [reader.tensor(name) for name in entry.hf_names]
-            local = to_megatron(tensors, entry, arch, rank=groups.tensor_rank, size=groups.tensor_size)
-            assert local.shape == parameter.shape, f"{entry.megatron_name}: shard {tuple(local.shape)} for {tuple(parameter.shape)}"
-            parameter.copy_(local)
-            num_bytes += parameter.nbytes
+    for name, parameter in _own_parameters(module, arch, groups).items():
+        entry = entries[name]
+        tensors = [reader.tensor(hf_name) for hf_name in entry.hf_names]
+        local = to_megatron(tensors, entry, arch, rank=groups.tensor_rank, size=groups.tensor_size)
+        assert local.shape == parameter.shape, f"{name}: the shard is {tuple(local.shape)}, the parameter {tuple(parameter.shape)}"
+        parameter.copy_(local)
+        num_bytes += parameter.nbytes
     return num_bytes
 
 
 @torch.no_grad()
 def iterate_hf_tensors(module: nn.Module, arch: Architecture, groups: Groups) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, full tensor) in ``hf_shapes`` order, the same on every rank; a tied output layer is left out.
+    """(Hugging Face name, full tensor) in the order of ``names.hf_shapes`` on every rank; a tied output layer is left out.
 
-    A collective over ``groups.tp`` and ``groups.pp``: every rank consumes it to the end. On the wire: a parameter's shard from its stage
-    to the other stages (broadcast over PP), then the shards of all ranks to all (all-gather over TP). A tensor may be a view of a live
-    parameter: copy it to keep it past the next optimizer step.
+    A collective over ``groups.tp`` and ``groups.pp``: every rank consumes it to the end. On the wire, per parameter: its shard from its
+    stage to the other stages (broadcast over PP), then the shards of all ranks to all (all-gather over TP). A tensor may be a view of a
+    live parameter: copy it to keep it past the next optimizer step.
     """
-    own = _own_entries(module, arch)
-    stage_of, dtype_of = _stages(own, groups)
-    size = groups.tensor_size
+    own = _own_parameters(module, arch, groups)
+    stage_of, dtype_of = _owners(own, groups)
+    device = next(module.parameters()).device
     for name, entry in name_map(arch).items():
         if entry.is_copy:
             continue
         assert name in stage_of, f"no pipeline stage holds {name}"
-        if groups.pipeline_rank == stage_of[name]:
-            local = own[name][0].detach().contiguous()
+        if stage_of[name] == groups.pipeline_rank:
+            local = own[name].detach()
         else:
-            device = next(module.parameters()).device
-            local = torch.empty(shard_shape(entry, arch, size=size), dtype=dtype_of[name], device=device)
+            local = torch.empty(shard_shape(entry, arch, size=groups.tensor_size), dtype=dtype_of[name], device=device)
         if groups.pipeline_size > 1:
-            dist.broadcast(local, dist.get_global_rank(groups.pp, stage_of[name]), group=groups.pp)
+            dist.broadcast(local, group=groups.pp, group_src=stage_of[name])
         shards = [local]
-        if size > 1:
-            shards = [torch.empty_like(local) for _ in range(size)]
+        if groups.tensor_size > 1:
+            shards = [torch.empty_like(local) for _ in range(groups.tensor_size)]
             dist.all_gather(shards, local, group=groups.tp)
         for hf_name, shape, tensor in zip(entry.hf_names, entry.hf_shapes, to_hf(shards, entry, arch), strict=True):
             assert tensor.shape == shape, f"{hf_name}: exported {tuple(tensor.shape)}, the architecture says {shape}"
@@ -90,32 +72,49 @@ def iterate_hf_tensors(module: nn.Module, arch: Architecture, groups: Groups) ->
 
 
 def save_hf(
-    module: nn.Module,
-    arch: Architecture,
-    source_dir: str | Path,
-    out_dir: str | Path,
-    groups: Groups,
-    *,
-    max_shard_bytes: int = 4 << 30,
+    module: nn.Module, arch: Architecture, source_dir: str | Path, out_dir: str | Path, groups: Groups, *, max_shard_bytes: int = 4 << 30
 ) -> None:
-    """Writes a Hugging Face folder: weights in safetensors files of at most ``max_shard_bytes``, config and tokenizer from ``source_dir``.
+    """Writes a Hugging Face folder: safetensors files of at most ``max_shard_bytes``, config and tokenizer files of ``source_dir``.
 
-    A collective over the world; rank 0 writes, into a temporary folder beside ``out_dir`` that is renamed when complete, so a folder with
-    that name is a whole checkpoint. Raises ValueError on every rank when ``out_dir`` exists.
+    A collective over the world; rank 0 writes, and the folder takes its name only when it is complete. Raises ValueError on every rank
+    when ``out_dir`` exists.
     """
-    source_dir, out_dir = Path(source_dir), Path(out_dir)
+    out_dir = Path(out_dir)
     is_writer = dist.get_rank() == 0
-    refused = [is_writer and out_dir.exists()]
-    dist.broadcast_object_list(refused, src=0)
-    if refused[0]:
+    if any(row["exists"] for row in gather_rows([{"exists": is_writer and out_dir.exists()}])):
         raise ValueError(f"out_dir {out_dir} exists; a checkpoint is never overwritten: choose another name or remove it.")
-    members = torch.zeros(dist.get_world_size(), dtype=torch.bool)
-    members[dist.get_process_group_ranks(groups.tp)] = True
-    if groups.data_rank == 0:  # one replica is enough; the others wait at the barrier
+    if groups.data_rank == 0:  # one copy of the model is enough; the others wait at the barrier
         tensors = iterate_hf_tensors(module, arch, groups)
         if is_writer:
-            _write(tensors, arch, source_dir, out_dir, max_shard_bytes)
+            dtype = next(module.parameters()).dtype
+            write_checkpoint(tensors, arch, dtype, Path(source_dir), out_dir, max_shard_bytes)
         else:
             for _ in tensors:
                 pass
     dist.barrier()
+
+
+def _own_parameters(module: nn.Module, arch: Architecture, groups: Groups) -> dict[str, nn.Parameter]:
+    """Canonical name -> parameter of this stage. A parameter without an entry, or an entry without its parameter, is an error."""
+    layer_numbers = [layer.layer_number for layer in module.decoder.layers]
+    known = name_map(arch)
+    own: dict[str, nn.Parameter] = {}
+    for name, parameter in module.named_parameters():
+        canonical = canonical_name(name, layer_numbers)
+        if canonical not in known:
+            raise ValueError(f"parameter {name} ({canonical}) has no entry in the {arch.family} name map: add it to bridge/names.py.")
+        own[canonical] = parameter
+    held = [f"decoder.layers.{number - 1}." for number in layer_numbers]
+    held += ["embedding."] * groups.is_first_stage + ["decoder.final_layernorm."] * groups.is_last_stage
+    missing = [name for name in known if name.startswith(tuple(held)) and name not in own]
+    if missing:
+        raise ValueError(f"the module has no parameter {missing[0]}, which a {arch.family} model has: build it from the same Architecture.")
+    return own
+
+
+def _owners(own: dict[str, nn.Parameter], groups: Groups) -> tuple[dict[str, int], dict[str, torch.dtype]]:
+    """Which stage holds each parameter, and in which dtype. Equal on all ranks of ``groups.pp``."""
+    mine = [{"name": name, "stage": groups.pipeline_rank, "dtype": str(p.dtype).removeprefix("torch.")} for name, p in own.items()]
+    rows = gather_rows(mine, groups.pp)
+    stage_of = {row["name"]: row["stage"] for row in rows}
+    return stage_of, {row["name"]: getattr(torch, row["dtype"]) for row in rows}

@@ -2,10 +2,11 @@
 
 A world of W ranks is a grid: tensor (fastest), data, pipeline (slowest); ``rank = t + tensor * (d + data * p)``, megatron's own order,
 so that the ranks that talk most are neighbours. Actor and reference, or two policies, may each have a `Groups` of their own layout over
-the same ranks: megatron-core is given ``groups.collection`` and its globals (``parallel_state``) stay uninitialised. Two of its functions
-ask them all the same; both are answered here, and nowhere else:
+the same ranks: megatron-core is given ``groups.collection`` and its globals (``parallel_state``) stay uninitialised. Three of its functions
+ask globals all the same; they are answered here, and nowhere else:
 
 - sequence parallelism keeps one scratch buffer per process, which no layout owns: `build_groups` makes it;
+- sequence parallelism wants a named random state for dropout in the embedding: `build_groups` adds one (our dropout is always 0);
 - ``sharded_state_dict`` of tied embeddings asks for the data-parallel rank: call it inside `megatron_globals`.
 """
 
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed import ProcessGroup
 
 from megatron_rema.parallel import platform
@@ -76,13 +78,13 @@ class Groups:
     @contextlib.contextmanager
     def megatron_globals(self) -> Iterator[None]:
         """``parallel_state`` answers with these groups inside: only for the megatron functions that have no group argument."""
-        values = dict(
-            _TENSOR_MODEL_PARALLEL_GROUP=self.tp,
-            _PIPELINE_MODEL_PARALLEL_GROUP=self.pp,
-            _MODEL_PARALLEL_GROUP=self.model,
-            _DATA_PARALLEL_GROUP=self.dp,
-            _DATA_PARALLEL_GROUP_WITH_CP=self.dp,
-        )
+        values = {
+            "_TENSOR_MODEL_PARALLEL_GROUP": self.tp,
+            "_PIPELINE_MODEL_PARALLEL_GROUP": self.pp,
+            "_MODEL_PARALLEL_GROUP": self.model,
+            "_DATA_PARALLEL_GROUP": self.dp,
+            "_DATA_PARALLEL_GROUP_WITH_CP": self.dp,
+        }
         before = {name: getattr(parallel_state, name) for name in values}
         vars(parallel_state).update(values)
         try:
@@ -122,9 +124,17 @@ def build_groups(*, tensor: int, pipeline: int) -> Groups:
     collection.intra_dp_cp = collection.expt_dp = collection.intra_expt_dp = dp
     collection.tp_ep_pp = model
     collection.intra_dist_opt = dist.group.WORLD  # where ZeRO-1 shards live: gradient norms are summed over all of them
+    _answer_process_globals()
+    return Groups(tp=tp, pp=pp, dp=dp, model=model, embedding=embedding, collection=collection)
+
+
+def _answer_process_globals() -> None:
+    """What megatron keeps once per process whatever the layout. Leaves torch's own random state as it was."""
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()
-    return Groups(tp=tp, pp=pp, dp=dp, model=model, embedding=embedding, collection=collection)
+    tracker = get_cuda_rng_tracker()
+    if "model-parallel-rng" not in tracker.get_states():
+        tracker.add("model-parallel-rng", 1)
 
 
 def _new_group(partition: list[list[int]]) -> ProcessGroup | None:

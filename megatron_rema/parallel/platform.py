@@ -7,7 +7,8 @@ megatron-core asks for CUDA in four ways only. Each has one answer here:
 3. tensor.cuda(), tensor.type()   a TorchFunctionMode, entered only around the few megatron functions that use them
 4. the CUDA random-number state   two functions of megatron.core.tensor_parallel.random answer with the CPU generator
 
-The real `torch` namespace and `torch.Tensor` are never modified. Found by running megatron-core 0.16.1 with one answer taken away at a time.
+The real `torch` namespace and `torch.Tensor` are never modified. Found by running megatron-core 0.16.1 with one answer
+taken away at a time.
 """
 
 from __future__ import annotations
@@ -167,10 +168,24 @@ _TENSOR_METHOD_USERS = (  # module, qualified name
 )
 
 # modules that megatron imports inside functions: imported beforehand, so that they get the view as well
-_LAZY_MODULES = """
-models.gpt.gpt_model pipeline_parallel.schedules distributed optimizer optimizer.optimizer optimizer.distrib_optimizer optimizer.clip_grads
-optimizer_param_scheduler timers rerun_state_machine tensor_parallel.random
-dist_checkpointing.serialization dist_checkpointing.exchange_utils dist_checkpointing.strategies.torch
-dist_checkpointing.strategies.filesystem_async dist_checkpointing.strategies.async_utils dist_checkpointing.strategies.fully_parallel
-dist_checkpointing.strategies.state_dict_saver dist_checkpointing.strategies.common
-""".split()
+_LAZY_MODULES = (
+    "models.gpt.gpt_model",
+    "pipeline_parallel.schedules",
+    "tensor_parallel.random",
+    "distributed",
+    "optimizer",
+    "optimizer.optimizer",
+    "optimizer.distrib_optimizer",
+    "optimizer.clip_grads",
+    "optimizer_param_scheduler",
+    "timers",
+    "rerun_state_machine",
+    "dist_checkpointing.serialization",
+    "dist_checkpointing.exchange_utils",
+    "dist_checkpointing.strategies.torch",
+    "dist_checkpointing.strategies.filesystem_async",
+    "dist_checkpointing.strategies.async_utils",
+    "dist_checkpointing.strategies.fully_parallel",
+    "dist_checkpointing.strategies.state_dict_saver",
+    "dist_checkpointing.strategies.common",
+)

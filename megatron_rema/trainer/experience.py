@@ -6,13 +6,14 @@ Shapes: T label positions of one packed batch, K turns of one trace, L tokens of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from megatron_rema.algorithm.losses import aggregation_weights
 from megatron_rema.parallel.groups import Groups
-from megatron_rema.parallel.microbatch import plan_microbatches
+from megatron_rema.parallel.microbatch import padded_tokens, plan_microbatches
+from megatron_rema.parallel.platform import device
 from megatron_rema.types import Batch, Trace
 
 
@@ -23,12 +24,12 @@ class Counts:
     num_tokens: int  # trainable tokens
     num_turns: int
     num_traces: int
-    max_turns: int
 
     @classmethod
     def of(cls, traces: Sequence[Trace]) -> Counts:
-        turns = [len(set(trace.turn_ids) - {-1}) for trace in traces]
-        return cls(sum(sum(trace.loss_mask) for trace in traces), sum(turns), len(traces), max(turns, default=0))
+        """Only what has a label counts: a trace's first token is never predicted."""
+        turns = [len(set(trace.turn_ids[1:]) - {-1}) for trace in traces]
+        return cls(sum(sum(trace.loss_mask[1:]) for trace in traces), sum(turns), sum(number > 0 for number in turns))
 
 
 def is_trainable(trace: Trace) -> bool:
@@ -86,21 +87,19 @@ def pack(traces: Sequence[Trace], length: int) -> Batch:
     )
 
 
-def pack_for_rank(traces: Sequence[Trace], *, aggregation: str, microbatch_tokens: int, groups: Groups) -> list[Batch]:
+def pack_for_rank(traces: Sequence[Trace], *, aggregation: str, max_turns: int, microbatch_tokens: int, groups: Groups) -> list[Batch]:
     """This data-parallel rank's microbatches of one optimizer step, all of one length, loss weights set.
 
+    ``max_turns`` (of the protocol, not of the data) scales the ``constant`` aggregation.
     Every rank passes the same traces: the plan and the global counts need no communication.
     """
-    plan = plan_microbatches(
-        [len(trace.token_ids) - 1 for trace in traces],
-        max_tokens=microbatch_tokens,
-        num_ranks=groups.data_size,
-        multiple=8 * groups.tensor_size,
-    )
+    lengths, multiple = [len(trace.token_ids) - 1 for trace in traces], 8 * groups.tensor_size
+    plan = plan_microbatches(lengths, max_tokens=microbatch_tokens, num_ranks=groups.data_size, multiple=multiple)
+    length = padded_tokens(plan, lengths, multiple=multiple)
     counts = Counts.of(traces)
     batches = []
-    for indices in plan.microbatches[groups.data_rank]:
-        batch = pack([traces[i] for i in indices], plan.length)
+    for indices in plan[groups.data_rank]:
+        batch = pack([traces[i] for i in indices], length)
         batch.loss_weights = aggregation_weights(
             batch.turn_ids,
             batch.trace_ids,
@@ -110,7 +109,12 @@ def pack_for_rank(traces: Sequence[Trace], *, aggregation: str, microbatch_token
             num_tokens_global=counts.num_tokens,
             num_turns_global=counts.num_turns,
             num_traces_global=counts.num_traces,
-            max_turns=counts.max_turns,
+            max_turns=max_turns,
         )
-        batches.append(batch)
+        batches.append(_to_device(batch))
     return batches
+
+
+def _to_device(batch: Batch) -> Batch:
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if isinstance(getattr(batch, f.name), torch.Tensor)}
+    return replace(batch, **{name: tensor.to(device()) for name, tensor in tensors.items()})

@@ -47,6 +47,10 @@ class RunFolder:
         partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         partial.replace(target)
 
+    def read(self, name: str) -> list[dict[str, Any]]:
+        file = self.path / name
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
     def cut_after(self, step: int) -> None:
         """Drop rows and episode files of steps later than ``step``, and a torn last line: a resumed run writes them anew."""
         if not self.writes:

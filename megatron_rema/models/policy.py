@@ -1,0 +1,134 @@
+"""A policy's weights on this rank: one pipeline stage of one tensor shard of a megatron-core GPTModel.
+
+Random weights are drawn for the FULL tensor of each name and then cut, so that they are the same at every layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_rema.architecture import Architecture
+from megatron_rema.models.spec import block_spec, transformer_config
+from megatron_rema.parallel import pipeline, platform
+from megatron_rema.parallel.groups import Groups
+from megatron_rema.types import Batch
+
+
+@dataclass(eq=False)
+class ParallelModel:
+    """One set of weights, in the layout of ``groups``."""
+
+    arch: Architecture
+    groups: Groups
+    config: TransformerConfig
+    module: GPTModel  # this rank's stage and shard
+    chunks: list[nn.Module]  # [module], wrapped in megatron's DistributedDataParallel when trainable
+
+    @property
+    def is_trainable(self) -> bool:
+        return isinstance(self.chunks[0], DistributedDataParallel)
+
+    def forward_backward(self, batches: list[Batch], loss_fn: pipeline.LossFn, *, forward_only: bool = False) -> list[pipeline.Stats]:
+        """`pipeline.forward_backward` with this model's chunks, config and groups."""
+        assert forward_only or self.is_trainable, "a frozen policy has no gradients"
+        return pipeline.forward_backward(self.chunks, self.config, batches, loss_fn, groups=self.groups, forward_only=forward_only)
+
+
+def build_policy(
+    arch: Architecture,
+    *,
+    groups: Groups,
+    dtype: torch.dtype = torch.float32,
+    trainable: bool = True,
+    seed: int | None = None,
+    sequence_parallel: bool = False,
+    recompute: bool = False,
+    distributed_optimizer: bool = False,
+) -> ParallelModel:
+    """This rank's part of ``arch``. A collective.
+
+    ``seed`` draws random weights; without it they are left empty, for a checkpoint to fill. ``distributed_optimizer`` lays gradients
+    out for ZeRO-1; `build_optimizer` follows it.
+    """
+    config = transformer_config(
+        arch,
+        tensor=groups.tensor_size,
+        pipeline=groups.pipeline_size,
+        dtype=dtype,
+        sequence_parallel=sequence_parallel,
+        recompute=recompute,
+    )
+    module = GPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(arch, config, groups.pipeline_rank),
+        vocab_size=arch.padded_vocab_size(groups.tensor_size),
+        max_sequence_length=arch.max_positions,
+        pre_process=groups.is_first_stage,
+        post_process=groups.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=arch.tied,
+        position_embedding_type="rope",
+        rotary_base=arch.rope_theta,
+        rope_scaling=arch.rope_scaling_factor is not None,
+        rope_scaling_factor=arch.rope_scaling_factor or 1.0,
+        pg_collection=groups.collection,
+    ).to(platform.device())
+    if seed is not None:
+        initialise(module, arch, groups=groups, seed=seed)
+    if not trainable:
+        module.requires_grad_(False)
+        return ParallelModel(arch, groups, config, module, [module])
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer)
+    wrapped = DistributedDataParallel(config, ddp_config, module, pg_collection=groups.collection)
+    return ParallelModel(arch, groups, config, module, [wrapped])
+
+
+def full_name(name: str, module: GPTModel, arch: Architecture) -> str:
+    """A parameter's name in the whole model: layers counted from the first stage, tied output weights under the embedding's name."""
+    if name == "output_layer.weight" and arch.tied:
+        return "embedding.word_embeddings.weight"
+    if name.startswith("decoder.layers."):
+        _, _, local, rest = name.split(".", 3)
+        return f"decoder.layers.{module.decoder.layers[int(local)].layer_number - 1}.{rest}"
+    return name
+
+
+@torch.no_grad()
+def initialise(module: GPTModel, arch: Architecture, *, groups: Groups, seed: int, std: float = 0.02) -> None:
+    """Norms 1, biases 0, matrices normal(0, ``std``), those that write into the residual stream divided by sqrt(2 * layers) (GPT-2).
+
+    Each tensor has a generator of its own, seeded by ``seed`` and its `full_name`: no layout changes a single number. The vocabulary's
+    padding rows are 0.
+    """
+    for name, param in module.named_parameters():
+        whole_name = full_name(name, module, arch)
+        if param.ndim == 1:
+            param.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        size = list(param.shape)
+        size[param.partition_dim] *= groups.tensor_size
+        is_vocabulary = whole_name in ("embedding.word_embeddings.weight", "output_layer.weight")
+        rows = arch.vocab_size if is_vocabulary else size[0]
+        digest = hashlib.sha256(f"{seed}/{whole_name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        writes_residual = whole_name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+        scale = std / math.sqrt(2 * arch.num_layers) if writes_residual else std
+        whole = torch.zeros(size)
+        whole[:rows] = torch.randn(rows, size[1], generator=generator) * scale
+        param.copy_(cut(whole, param, groups))
+
+
+def cut(whole: Tensor, param: Tensor, groups: Groups) -> Tensor:
+    """This rank's shard of a full tensor, as megatron marks ``param``: gate and up (stride 2) are cut apart."""
+    if not getattr(param, "tensor_model_parallel", False):
+        return whole
+    parts = whole.chunk(groups.tensor_size * param.partition_stride, dim=param.partition_dim)
+    return torch.cat(parts[groups.tensor_rank :: groups.tensor_size], dim=param.partition_dim)

@@ -1,0 +1,167 @@
+"""Forward and backward of packed microbatches through the stages of a pipeline, by megatron-core's own schedules.
+
+Shapes: T label positions of one packed microbatch, B sequences, V vocabulary (padded, over all tensor ranks).
+
+The loss is a plain SUM. megatron-core would divide it by microbatches and average gradients over data-parallel ranks; both are switched off
+(``calculate_per_token_loss`` and a finalize function that takes no token count), because `Batch.loss_weights` already hold the global
+normaliser. So loss and gradients do not move with the layout, the microbatching or the padding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_rema.parallel import platform
+from megatron_rema.parallel.groups import Groups
+from megatron_rema.types import Batch
+
+Stats = dict[str, Tensor]
+LossFn = Callable[[Tensor, Batch], tuple[Tensor, Stats]]  # (local_logits_TV [T, V/tp], batch) -> (loss scalar, detached stats)
+
+
+@dataclasses.dataclass
+class Packing(PackedSeqParams):
+    """megatron's description of packed sequences, and where each token sits once the sequences are padded side by side."""
+
+    slots: Tensor | None = None  # [T] int64, sequence * max_seqlen + position: index into [B * max_seqlen]
+
+
+def packing_of(batch: Batch) -> Packing:
+    """The longest sequence is taken from ``cu_seqlens``: megatron's rotary embedding numbers positions over the whole batch, silently, when
+    it is told a maximum that equals T."""
+    cu_seqlens = batch.cu_seqlens
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    max_seqlen = int(lengths.max())
+    sequences = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    assert len(sequences) == len(batch.tokens), f"cu_seqlens end at {len(sequences)}, the batch has {len(batch.tokens)} tokens"
+    within = torch.arange(len(sequences), device=lengths.device) - cu_seqlens[:-1].long()[sequences]
+    return Packing(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+        slots=sequences * max_seqlen + within,
+    )
+
+
+def forward_backward(
+    chunks: list[nn.Module],
+    config: TransformerConfig,
+    batches: Sequence[Batch],
+    loss_fn: LossFn,
+    *,
+    groups: Groups,
+    forward_only: bool = False,
+) -> list[Stats]:
+    """One schedule over ``batches`` (all with the same T, and as many on every data-parallel rank). Gradients are added to the buffers of
+    the wrapped chunks and, at the end, summed over data-parallel ranks.
+
+    Over the wire: activations [T, 1, hidden] between stages (T / tp under sequence parallelism), their gradients back; with backward, one
+    sum of all gradients over `groups.dp`, tied embeddings over `groups.embedding`, norms over `groups.tp` under sequence parallelism.
+
+    Returns the stats that ``loss_fn`` gave for each microbatch, on the last stage; [] on every other.
+    """
+    if len(chunks) != 1:
+        raise ValueError(f"got {len(chunks)} model chunks; virtual pipeline stages are not supported: build one chunk per rank.")
+    if not batches:
+        raise ValueError("forward_backward got no microbatch; every rank needs at least one: plan at least one per data-parallel rank.")
+    lengths = {len(batch.tokens) for batch in batches}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"microbatches of one step have {sorted(lengths)} tokens; they must all have the same number: pad them to the longest."
+        )
+    num_tokens = lengths.pop()
+    if config.sequence_parallel and num_tokens % groups.tensor_size:
+        raise ValueError(
+            f"sequence parallelism needs microbatches of a multiple of {groups.tensor_size} tokens; got {num_tokens}: pad more."
+        )
+    assert config.calculate_per_token_loss, "megatron would average the loss"
+
+    def forward_step(microbatches, chunk: nn.Module):
+        batch = _on_device(next(microbatches))
+        # [1, T, V/tp] on the last stage, activations on every other
+        logits = chunk(batch.tokens[None], batch.positions[None], None, packed_seq_params=packing_of(batch))
+        return logits, functools.partial(_loss_and_stats, loss_fn, batch)
+
+    config.finalize_model_grads_func = _sum_gradients
+    schedule = get_forward_backward_func(pp_size=groups.pipeline_size, vp_size=None)
+    with torch.set_grad_enabled(not forward_only):
+        return schedule(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=chunks[0],
+            num_microbatches=len(batches),
+            seq_length=num_tokens,
+            decoder_seq_length=num_tokens,
+            micro_batch_size=1,
+            forward_only=forward_only,
+            p2p_communicator=P2PCommunicator(pp_group=groups.pp, config=config),
+            pg_collection=groups.collection,
+        )
+
+
+def _on_device(batch: Batch) -> Batch:
+    """The same batch with its tensors where this process computes (itself where they are there already)."""
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    moved = {name: value.to(platform.device()) for name, value in fields.items() if isinstance(value, Tensor)}
+    return batch if all(moved[name] is fields[name] for name in moved) else dataclasses.replace(batch, **moved)
+
+
+def _loss_and_stats(loss_fn: LossFn, batch: Batch, logits: Tensor) -> tuple[Tensor, Tensor, Stats]:
+    """megatron's three values: with ``calculate_per_token_loss`` the loss goes to backward as it is; the count is only carried along."""
+    loss, stats = loss_fn(logits[0], batch)
+    return loss, torch.zeros([], dtype=torch.int, device=logits.device), stats
+
+
+def _sum_gradients(chunks: list[nn.Module], num_tokens: Tensor | None = None, **kwargs) -> None:
+    """megatron's reductions without its division by the token count. ``kwargs`` are megatron's own (groups, force_all_reduce)."""
+    finalize_model_grads(chunks, num_tokens=None, **kwargs)
+
+
+def broadcast_from_last_stage(results: list[Stats], like: list[Stats], groups: Groups) -> list[Stats]:
+    """The last stage's ``results`` on every stage. ``like`` has the same names and shapes; other stages receive into them.
+
+    Over the wire: each tensor once, along `groups.pp`.
+    """
+    if groups.pipeline_size == 1:
+        return results
+    on_device = [{name: value.to(platform.device()) for name, value in shaped.items()} for shaped in like]
+    values = results if groups.is_last_stage else on_device
+    assert len(values) == len(like), f"{len(values)} results, {len(like)} places for them"
+    for mine, shaped in zip(values, on_device, strict=True):
+        for name in sorted(shaped):
+            dist.broadcast(mine[name], src=groups.last_stage_rank, group=groups.pp)
+    return values
+
+
+def reduce_stats(results: list[Stats], groups: Groups, *, maxima: tuple[str, ...] = ()) -> dict[str, float]:
+    """Each scalar summed over microbatches and data-parallel ranks in float64 (those named in ``maxima``: their maximum); the same dict
+    on every rank.
+
+    ``results`` is what `forward_backward` returned on this rank; every data-parallel rank must bring the same names.
+    """
+    reduced: dict[str, float] = {}
+    if groups.is_last_stage:
+        for names, op in (([n for n in results[0] if n not in maxima], dist.ReduceOp.SUM), (list(maxima), dist.ReduceOp.MAX)):
+            if not names:
+                continue
+            table = torch.stack([torch.stack([stats[name].double() for name in names]) for stats in results])  # [microbatches, names]
+            row = table.sum(0) if op is dist.ReduceOp.SUM else table.amax(0)
+            dist.all_reduce(row, op=op, group=groups.dp)
+            reduced.update(zip(names, row.tolist(), strict=True))
+    box = [reduced]
+    if groups.pipeline_size > 1:
+        dist.broadcast_object_list(box, src=groups.last_stage_rank, group=groups.pp)
+    return box[0]

@@ -1,0 +1,70 @@
+"""Verdicts -> score components -> turn rewards per role. Episodes whose worth is not known are set apart and counted, never guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_rema.reward.components import SCHEMES, components_of
+from megatron_rema.reward.math_verifier import Judgement
+from megatron_rema.types import Episode, EpisodeStatus, Role, Verdict
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """``scored`` have turn_rewards; ``excluded`` (verdict UNKNOWN, or aborted by the engine) must not be trained on."""
+
+    scored: list[Episode]
+    excluded: list[Episode]
+
+
+def assign(
+    episodes: Sequence[Episode], judgements: Mapping[str, Judgement], *, scheme: str = "outcome", mask_unfinished_reward: bool = True
+) -> Assigned:
+    """Fill verdict, score and turn_rewards of each episode, in place.
+
+    A role's reward stands on its last turn, 0.0 on the others. ``mask_unfinished_reward``: an episode that did not end as the protocol
+    wants earns at most 0.0, be its answer right or wrong (a penalty of the scheme stays).
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"reward.scheme is {scheme!r}, which is not one of {sorted(SCHEMES)}.")
+    scored, excluded = [], []
+    for episode in episodes:
+        judgement = judgements[episode.episode_id]
+        episode.verdict = judgement.verdict
+        episode.score = components_of(episode, judgement)
+        if judgement.verdict is Verdict.UNKNOWN or episode.status is EpisodeStatus.ABORTED:
+            episode.score, episode.turn_rewards = {}, {}
+            excluded.append(episode)
+            continue
+        rewards = SCHEMES[scheme](episode.score)
+        for role in Role:
+            num_turns = len(episode.turns_of(role))
+            reward = min(rewards[role], 0.0) if mask_unfinished_reward and episode.status.is_cut else rewards[role]
+            if num_turns:
+                episode.turn_rewards[role] = [0.0] * (num_turns - 1) + [reward]
+        scored.append(episode)
+    return Assigned(scored, excluded)
+
+
+def reward_metrics(assigned: Assigned, judgements: Mapping[str, Judgement]) -> dict[str, float]:
+    """Means over scored episodes (reward/mean: over their traces), fractions over all; a mean over nothing is left out."""
+    scored, total = assigned.scored, len(assigned.scored) + len(assigned.excluded)
+    metrics: dict[str, float] = {}
+    by_role = {role: [sum(e.turn_rewards[role]) for e in scored if role in e.turn_rewards] for role in Role}
+    for role, rewards in by_role.items():
+        if rewards:
+            metrics[f"reward/{role}/mean"] = sum(rewards) / len(rewards)
+    everyone = [reward for rewards in by_role.values() for reward in rewards]
+    if everyone:
+        metrics["reward/mean"] = sum(everyone) / len(everyone)
+    for name in ("correct", "lenient_correct", "finished", "answer_format", "plan_has_answer_format"):
+        values = [e.score[name] for e in scored if name in e.score]
+        if values:
+            metrics[f"reward/{name}_frac"] = sum(values) / len(values)
+    if total:
+        metrics["reward/excluded_frac"] = len(assigned.excluded) / total
+        metrics["reward/aborted_frac"] = sum(e.status is EpisodeStatus.ABORTED for e in assigned.excluded) / total
+        for how in ("timeout", "crash"):
+            metrics[f"reward/verifier_{how}_frac"] = sum(j.how == how for j in judgements.values()) / total
+    return metrics

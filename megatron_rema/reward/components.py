@@ -1,0 +1,47 @@
+"""Score components of an episode, and the named schemes that make each role's reward of them.
+
+A component is a fact in [0, 1]; a scheme is a judgement of worth. Sources: ReMA arXiv:2503.09501 sections 3-4 and appendix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatron_rema.reward.answers import last_box
+from megatron_rema.reward.math_verifier import Judgement
+from megatron_rema.types import Episode, Role, Verdict
+
+Scheme = Callable[[dict[str, float]], dict[Role, float]]
+
+
+def components_of(episode: Episode, judgement: Judgement) -> dict[str, float]:
+    """1.0 or 0.0 each. correct: strict verdict; lenient_correct: only if it was asked for and known; finished: ended as the protocol wants;
+    answer_format: the reasoner's last message holds a box; plan_has_answer_format: some meta-thinker's message does."""
+    answers = episode.turns_of(Role.REASONING)
+    score = {
+        "correct": float(judgement.verdict is Verdict.CORRECT),
+        "finished": float(episode.status.is_finished),
+        "answer_format": float(bool(answers) and last_box(answers[-1].text) is not None),
+        "plan_has_answer_format": float(any(last_box(turn.text) is not None for turn in episode.turns_of(Role.META_THINKING))),
+    }
+    if judgement.lenient not in (None, Verdict.UNKNOWN):
+        score["lenient_correct"] = float(judgement.lenient is Verdict.CORRECT)
+    return score
+
+
+def outcome(score: dict[str, float]) -> dict[Role, float]:
+    """Both roles get 1.0 for a correct answer, else 0.0 (the multi-turn reward)."""
+    return dict.fromkeys(Role, score["correct"])
+
+
+def base(score: dict[str, float]) -> dict[Role, float]:
+    """Single turn. Reasoner: 1.0 correct, -0.5 wrong in the answer format, -1.0 wrong without it.
+    Meta-thinker: correctness of the reasoner's answer, but -1.0 if it writes the answer format itself."""
+    wrong = -0.5 if score["answer_format"] else -1.0
+    return {
+        Role.META_THINKING: -1.0 if score["plan_has_answer_format"] else score["correct"],
+        Role.REASONING: 1.0 if score["correct"] else wrong,
+    }
+
+
+SCHEMES: dict[str, Scheme] = {"outcome": outcome, "base": base}

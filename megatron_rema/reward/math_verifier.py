@@ -1,0 +1,168 @@
+"""Verification in processes of its own, overlapped with generation. A time-out or a crash is UNKNOWN, never silently WRONG.
+
+Each pool thread owns one verifier process (this module run as a script: it imports math_verify but no torch, and is started afresh,
+not forked). They exchange one JSON line per answer. A process that hangs or dies is replaced; only its own answer is lost.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from megatron_rema.reward.answers import boxed, last_box, quick_verdict
+from megatron_rema.types import Episode, Role, Verdict
+
+START_TIMEOUT_S = 120.0
+MEMORY_LIMIT_BYTES = 4 << 30  # 9^{9^{9^9}} must not take the machine down
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """``verdict`` is the strict one. ``lenient`` is None when it was not asked for. ``how`` (of the strict
+    one): quick, verified, timeout or crash."""
+
+    verdict: Verdict
+    lenient: Verdict | None
+    how: str
+
+
+class VerifierPool:
+    """submit(episode) as episodes end, collect() once. ``function`` names what judges, "module:function" of (answer, gold) -> Verdict."""
+
+    def __init__(
+        self, num_workers: int = 2, timeout_s: float = 10.0, *, lenient: bool = True, function: str = "megatron_rema.reward.answers:verify"
+    ):
+        if num_workers < 1 or timeout_s <= 0:
+            raise ValueError(f"num_workers must be at least 1 and timeout_s above 0, got {num_workers} and {timeout_s}.")
+        self._timeout_s, self._lenient, self._function = timeout_s, lenient, function
+        self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="verifier")
+        self._own = threading.local()
+        self._processes: list[_VerifierProcess] = []
+        self._pending: dict[str, Judgement | Future[Judgement]] = {}
+
+    def submit(self, episode: Episode) -> None:
+        """Judge the reasoner's LAST message; without one the answer is empty."""
+        messages = episode.turns_of(Role.REASONING)
+        self.submit_answer(episode.episode_id, messages[-1].text if messages else "", episode.prompt.answer)
+
+    def submit_answer(self, key: str, text: str, gold: str) -> None:
+        if key in self._pending:
+            raise ValueError(f"{key!r} was submitted before: every answer needs a key of its own until collect().")
+        quick = quick_verdict(text, gold)
+        if quick is Verdict.CORRECT or (quick is Verdict.WRONG and (not self._lenient or not text.strip())):
+            self._pending[key] = Judgement(quick, quick if self._lenient else None, "quick")
+        else:
+            self._pending[key] = self._threads.submit(self._judge, text, gold, quick)
+
+    def collect(self) -> dict[str, Judgement]:
+        """All judgements since the last collect, by episode_id (or key), in the order of submission; waits for them."""
+        pending, self._pending = self._pending, {}
+        return {key: j if isinstance(j, Judgement) else j.result() for key, j in pending.items()}
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for process in self._processes:
+            process.kill()
+        self._threads.shutdown(wait=True)
+
+    def __enter__(self) -> VerifierPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _judge(self, text: str, gold: str, quick: Verdict | None) -> Judgement:
+        """The lenient metric is a question of its own, asked second: whatever befalls it, the strict verdict stands."""
+        strict, how = (quick, "quick") if quick is not None else self._ask(boxed(last_box(text) or ""), gold)
+        lenient = None
+        if self._lenient:
+            lenient = self._ask(text, gold)[0] if strict is Verdict.WRONG else strict
+        return Judgement(strict, lenient, how)
+
+    def _ask(self, answer: str, gold: str) -> tuple[Verdict, str]:
+        process: _VerifierProcess | None = getattr(self._own, "process", None)
+        if process is None or not process.is_alive:
+            process = self._own.process = _VerifierProcess(self._function, self._timeout_s)
+            self._processes.append(process)
+        return process.ask(answer, gold, self._timeout_s)
+
+
+class _VerifierProcess:
+    """One process that judges one answer at a time."""
+
+    def __init__(self, function: str, timeout_s: float):
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_rema.reward.math_verifier", function, str(timeout_s)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        )
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._process.stdout, selectors.EVENT_READ)
+        line = self._read(START_TIMEOUT_S)
+        if not line:
+            self.kill()
+            raise RuntimeError(f"a verifier process for {function!r} did not start within {START_TIMEOUT_S:.0f} s; its error is above.")
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, answer: str, gold: str, timeout_s: float) -> tuple[Verdict, str]:
+        """The verdict and "verified", or UNKNOWN and why. After a time-out or a death the process is gone."""
+        try:
+            self._process.stdin.write(json.dumps([answer, gold]).encode() + b"\n")
+            self._process.stdin.flush()
+            line = self._read(timeout_s)
+        except BrokenPipeError:
+            line = b""
+        if line:
+            reply = json.loads(line)
+            return (Verdict(reply), "verified") if reply is not None else (Verdict.UNKNOWN, "crash")
+        self.kill()
+        return Verdict.UNKNOWN, "timeout" if line is None else "crash"
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _read(self, timeout_s: float) -> bytes | None:
+        """One line; empty when the process ended, None when time ran out."""
+        return self._process.stdout.readline() if self._selector.select(timeout_s) else None
+
+
+def _serve(function: str, timeout_s: float) -> None:
+    """The life of a verifier process: a line when ready, then a reply for each job until stdin closes."""
+    import resource
+
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # nothing that a library prints may pass for a reply
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    module, _, name = function.partition(":")
+    judge = getattr(importlib.import_module(module), name)
+    importlib.import_module("math_verify")  # before "ready": the time-out of an answer must not pay for the import
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its own time-outs are off
+    print("ready", file=replies, flush=True)
+    for line in sys.stdin:
+        signal.alarm(int(2 * timeout_s) + 1)  # if the parent died in the meantime, nobody else would end a hang
+        try:
+            reply = judge(*json.loads(line))
+        except Exception:  # of any kind: no verdict, counted as a crash by the parent
+            reply = None
+        signal.alarm(0)
+        print(json.dumps(reply), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1], float(sys.argv[2]))

@@ -1,0 +1,69 @@
+"""Log-probability and entropy of a vocabulary sharded over gloo ranks, against float64 log_softmax of the whole.
+
+Shapes: T label positions, V padded vocabulary.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_rema.parallel.vocab import vocab_parallel_logprobs_and_entropy
+
+
+def whole(num_tokens, width, vocab_size, dtype):
+    generator = torch.Generator().manual_seed(7)
+    logits_TV = (torch.randn(num_tokens, width, generator=generator, dtype=torch.float64) * 3).to(dtype)
+    logits_TV[:, vocab_size:] = 1e4  # padding: would swallow all probability if it were read
+    labels_T = torch.arange(num_tokens) * vocab_size // num_tokens  # spread over all shards
+    labels_T[0], labels_T[-1] = 0, vocab_size - 1
+    return logits_TV, labels_T
+
+
+def on_one_rank(width, vocab_size, dtype):
+    """Log-probabilities, entropies and the gradient of this rank's shard, as lists of exact floats."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    logits_TV, labels_T = whole(12, width, vocab_size, dtype)
+    local_TV = logits_TV.chunk(size, -1)[rank].clone().requires_grad_()
+    logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(
+        local_TV, labels_T, dist.group.WORLD, temperature=0.7, with_entropy=True, vocab_size=vocab_size
+    )
+    loss = (logprobs_T * torch.linspace(-2, 3, 12)).sum() + (entropy_T * torch.linspace(1, -4, 12)).sum()
+    if rank != 0:
+        # backward of this rank alone, the others wait: a collective in it would never complete
+        dist.barrier()
+    loss.backward()
+    if rank == 0:
+        dist.barrier()
+    return logprobs_T.tolist(), entropy_T.tolist(), local_TV.grad.tolist(), str(local_TV.grad.dtype)
+
+
+def assert_close(ours, theirs, atol):
+    torch.testing.assert_close(torch.as_tensor(ours, dtype=torch.float64), theirs, atol=atol, rtol=0)
+
+
+# 40: both shards full; 22: padding inside a shard; 18: with two shards of 20 the whole last shard is padding
+@pytest.mark.parametrize("vocab_size", [40, 22, 18])
+@pytest.mark.parametrize("world", [1, 2])
+def test_sharded_values_and_gradients_match_float64_and_backward_is_silent(run_ranks, world, vocab_size):
+    results = run_ranks(world, on_one_rank, 40, vocab_size, torch.float32)
+    logits_TV, labels_T = whole(12, 40, vocab_size, torch.float32)
+    leaf_TV = logits_TV.double().requires_grad_()
+    logp_TV = torch.log_softmax(leaf_TV[:, :vocab_size] / 0.7, -1)
+    logprobs_T = logp_TV.gather(1, labels_T[:, None])[:, 0]
+    entropy_T = -(logp_TV.exp() * logp_TV).sum(-1)
+    ((logprobs_T * torch.linspace(-2, 3, 12)).sum() + (entropy_T * torch.linspace(1, -4, 12)).sum()).backward()
+
+    # float32 roundings of logits up to 10 / 0.7 (spacing 1e-6) and of sums over 40 columns
+    assert_close(results[0][0], logprobs_T.detach(), atol=5e-6)
+    assert_close(results[0][1], entropy_T.detach(), atol=5e-6)
+    grad_TV = torch.cat([torch.tensor(rank[2], dtype=torch.float64) for rank in results], -1)
+    assert_close(grad_TV, leaf_TV.grad, atol=2e-5)
+    assert all(rank[:2] == results[0][:2] for rank in results)
+
+
+def test_bf16_shards_are_computed_in_float32(run_ranks):
+    results = run_ranks(2, on_one_rank, 40, 22, torch.bfloat16)
+    logits_TV, labels_T = whole(12, 40, 22, torch.bfloat16)
+    logprobs_T = torch.log_softmax(logits_TV.double()[:, :22] / 0.7, -1).gather(1, labels_T[:, None])[:, 0]
+    assert_close(results[0][0], logprobs_T, atol=5e-6)
+    assert results[0][3] == "torch.bfloat16"

@@ -1,0 +1,242 @@
+"""Turns, ends and budgets of dialogues; the same episodes whatever the order in which completions arrive."""
+
+import hashlib
+
+import pytest
+
+from megatron_rema.engine.scripted import ScriptedEngine
+from megatron_rema.rollout.chat import ChatFormat
+from megatron_rema.rollout.dialogue import DialogueRules
+from megatron_rema.rollout.runner import play
+from megatron_rema.rollout.scheduler import TurnScheduler, starts_of, turn_seed
+from megatron_rema.types import Completion, Episode, EpisodeStatus, Prompt, Role, StopReason, TurnRequest
+from tests.unit.tiny_tokenizer import tiny_tokenizer
+
+CHAT = ChatFormat(tiny_tokenizer("chatml"))
+PROMPT = Prompt("p0", "What is 2 + 3?", "5")
+META, REASONING = Role.META_THINKING, Role.REASONING
+
+
+def rules(**changes) -> DialogueRules:
+    settings = dict(max_rounds=3, max_turn_tokens=100, max_episode_tokens=1000, max_context_tokens=1000)
+    return DialogueRules(**{**settings, "system_prompts": {META: "You plan.", REASONING: "You solve."}, **changes})
+
+
+def scheduler(the_rules: DialogueRules, starts=((PROMPT, 0),), **settings) -> TurnScheduler:
+    return TurnScheduler(list(starts), rules=the_rules, chat=CHAT, **{"seed": 1, "step": 0, **settings})
+
+
+def said(request: TurnRequest, text: str, stop: StopReason = StopReason.STOP) -> Completion:
+    ids = CHAT.encode_message(text) if stop is StopReason.STOP else CHAT.encode_text(text)
+    return Completion(request.request_id, ids, (-0.5,) * len(ids), stop, weight_version=7)
+
+
+def talk(the_rules: DialogueRules, *messages: str | tuple[str, StopReason]) -> tuple[Episode, list[TurnRequest]]:
+    """One episode that says these messages (or as many as it takes to end), and the requests it made."""
+    play_one, requests, ended = scheduler(the_rules), [], None
+    for message in messages:
+        (request,) = play_one.next_requests()
+        requests.append(request)
+        ended = play_one.accept(said(request, *((message,) if isinstance(message, str) else message)))
+        if ended:
+            assert play_one.is_done and play_one.next_requests() == []
+            return ended, requests
+    return play_one.episodes[0], requests + play_one.next_requests()
+
+
+def test_the_finish_marker_ends_the_episode_after_the_reasoner_answers():
+    episode, requests = talk(rules(), "Add them.", "It is 5.", "Right. [FINISH]", "\\boxed{5}", "never said")
+    assert episode.status is EpisodeStatus.FINISHED
+    assert [(t.role, t.round_index, t.text) for t in episode.turns] == [
+        (META, 0, "Add them."), (REASONING, 0, "It is 5."), (META, 1, "Right. [FINISH]"), (REASONING, 1, "\\boxed{5}"),
+    ]  # fmt: skip
+    assert [r.role for r in requests] == [META, REASONING, META, REASONING]
+
+
+def test_each_role_hears_the_other_in_its_own_chat_view():
+    _, requests = talk(rules(), "Add them.", "It is 5.", "Check it.", "Still 5.")
+    assert CHAT.tokenizer.decode(requests[2].token_ids) == (
+        "<|im_start|>system\nYou plan.<|im_end|>\n<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n<|im_start|>assistant\nAdd them.<|im_end|>\n"
+        "<|im_start|>user\nIt is 5.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert CHAT.tokenizer.decode(requests[3].token_ids) == (
+        "<|im_start|>system\nYou solve.<|im_end|>\n<|im_start|>user\nQuestion:\nWhat is 2 + 3?\n\nInstruction:\nAdd them.<|im_end|>\n"
+        "<|im_start|>assistant\nIt is 5.<|im_end|>\n<|im_start|>user\nCheck it.<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_the_marker_from_the_reasoner_has_no_effect():
+    episode, _ = talk(rules(max_rounds=2), "Add.", "5 [FINISH]", "Go on.", "5 [FINISH]")
+    assert episode.status is EpisodeStatus.MAX_ROUNDS and len(episode.turns) == 4
+
+
+def test_a_protocol_without_marker_finishes_after_its_rounds():
+    episode, _ = talk(rules(max_rounds=1, finish_marker=None), "Add. [FINISH]", "5")
+    assert episode.status is EpisodeStatus.FINISHED and len(episode.turns) == 2
+
+
+@pytest.mark.parametrize("num_before", [0, 1, 2, 3])
+def test_a_turn_cut_by_length_ends_the_episode_truncated(num_before):
+    episode, _ = talk(rules(), *["Go on."] * num_before, ("cut [FINISH]", StopReason.LENGTH))
+    assert episode.status is EpisodeStatus.TRUNCATED and len(episode.turns) == num_before + 1
+
+
+def test_with_the_option_only_a_cut_last_turn_truncates():
+    lenient = rules(end_on_truncated_turn=False)
+    going, requests = talk(lenient, ("Add", StopReason.LENGTH), ("It is", StopReason.LENGTH))
+    assert going.status is EpisodeStatus.RUNNING
+    # the cut message is closed in the context: the end token stands there once, unlabelled
+    assert "assistant\nAdd<|im_end|>\n<|im_start|>user\nIt is<|im_end|>" in CHAT.tokenizer.decode(requests[2].token_ids)
+    cut_last, _ = talk(lenient, "Done. [FINISH]", ("5", StopReason.LENGTH))
+    assert cut_last.status is EpisodeStatus.TRUNCATED
+    whole_last, _ = talk(lenient, ("Done. [FINISH]", StopReason.LENGTH), "5")
+    assert whole_last.status is EpisodeStatus.FINISHED
+
+
+def test_an_abort_ends_the_episode_aborted():
+    play_one = scheduler(rules())
+    (request,) = play_one.next_requests()
+    episode = play_one.accept(Completion(request.request_id, (), (), StopReason.ABORT, 0))
+    assert episode.status is EpisodeStatus.ABORTED and episode.turns[0].text == ""
+
+
+def test_the_episode_budget_shrinks_the_turns_and_then_truncates():
+    n = len(CHAT.encode_message("Add."))
+    episode, requests = talk(rules(max_episode_tokens=2 * n), "Add.", "Add.", "Add.")
+    assert [r.max_tokens for r in requests] == [min(100, 2 * n), n]
+    assert episode.status is EpisodeStatus.TRUNCATED and len(episode.turns) == 2
+
+
+def test_the_context_window_shrinks_a_turn_and_then_overflows():
+    _, (first, second) = talk(rules(), "Add.")
+    fits = max(len(first.token_ids), len(second.token_ids))
+    going, (_, second) = talk(rules(max_context_tokens=fits + 1), "Add.")
+    assert second.max_tokens == 1 and going.status is EpisodeStatus.RUNNING
+    full, _ = talk(rules(max_context_tokens=fits), "Add.")
+    assert full.status is EpisodeStatus.CONTEXT_OVERFLOW and len(full.turns) == 1
+
+
+def test_a_question_that_does_not_fit_ends_before_its_first_turn_and_is_reported():
+    long = Prompt("long", "why " * 500, "5")
+    ended = []
+    engine = ScriptedEngine(lambda request: (CHAT.encode_message("Ok. [FINISH]"), StopReason.STOP))
+    episodes = play(scheduler(rules(), [(long, 0), (PROMPT, 0)]), {"policy": engine}, ended.append)
+    assert [(e.status, len(e.turns)) for e in episodes] == [(EpisodeStatus.CONTEXT_OVERFLOW, 0), (EpisodeStatus.FINISHED, 2)]
+    assert [e.prompt.prompt_id for e in ended] == ["long", "p0"]
+
+
+def test_a_one_role_episode_is_one_turn_on_the_bare_question():
+    episode, (request,) = talk(rules(roles=(REASONING,), max_rounds=1), "\\boxed{5}")
+    assert episode.status is EpisodeStatus.FINISHED and [t.role for t in episode.turns] == [REASONING]
+    assert request.token_ids == CHAT.opening("You solve.", PROMPT.question)
+    cut, _ = talk(rules(roles=(REASONING,)), ("5", StopReason.LENGTH))
+    assert cut.status is EpisodeStatus.TRUNCATED
+
+
+def test_braces_in_messages_are_not_filled_in():
+    the_rules = rules()
+    assert the_rules.first_instruction("{instruction} {question} {}", "\\boxed{question}") == (
+        "Question:\n{instruction} {question} {}\n\nInstruction:\n\\boxed{question}"
+    )
+
+
+def test_requests_carry_policy_sampling_and_stops():
+    the_rules = rules(policy_of_role={META: "planner", REASONING: "solver"}, temperature=0.7, top_p=0.9)
+    _, requests = talk(the_rules, "Add.")
+    assert [r.policy for r in requests] == ["planner", "solver"]
+    assert {(r.temperature, r.top_p, r.stop_token_ids) for r in requests} == {(0.7, 0.9, CHAT.stop_token_ids)}
+
+
+def test_seeds_differ_by_turn_and_episode_and_step_but_not_by_who_plays():
+    seeds = [turn_seed(1, step, p, g, t) for step in range(3) for p in ("a", "b") for g in range(3) for t in range(3)]
+    assert len(set(seeds)) == len(seeds) and all(0 <= s < 2**31 for s in seeds)
+    assert turn_seed(1, 0, "p0", 0, 0) == 193532800  # pinned: a change of the hash would change every run
+
+    starts = starts_of([PROMPT, Prompt("p1", "Why?", "x")], 2)
+    all_at_once = [r for r in scheduler(rules(), starts).next_requests()]
+    by_ranks = [r for rank in range(2) for r in scheduler(rules(), starts[rank::2]).next_requests()]
+    assert sorted(all_at_once, key=lambda r: r.request_id) == sorted(by_ranks, key=lambda r: r.request_id)
+
+
+def test_a_prompt_listed_twice_gets_a_group_twice_as_large():
+    assert [index for _, index in starts_of([PROMPT, PROMPT], 2)] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="listed 2 times"):
+        scheduler(rules(), [(PROMPT, 0), (PROMPT, 0)])
+
+
+def test_a_completion_that_was_not_asked_for_is_an_error():
+    play_one = scheduler(rules())
+    (request,) = play_one.next_requests()
+    play_one.accept(said(request, "Add."))
+    with pytest.raises(ValueError, match=r"'0/p0/0/0', which is not in flight"):
+        play_one.accept(said(request, "Add."))
+
+
+MESSAGES = ["Add them.", "It is 5.", "Check [FINISH]", "\\boxed{5}", "<|im_end|> \u00e9", ""]
+
+
+def digest(*key: object) -> int:
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "little")
+
+
+def scripted_answer(request: TurnRequest) -> tuple[tuple[int, ...], StopReason]:
+    """Depends on the request alone."""
+    ids = CHAT.encode_message(MESSAGES[digest(request.seed) % len(MESSAGES)])
+    if len(ids) > request.max_tokens or request.seed % 11 == 0:
+        return ids[:-1][: request.max_tokens], StopReason.LENGTH
+    return ids, StopReason.STOP
+
+
+def play_scripted(latency_salt: int, max_num_seqs: int, the_rules: DialogueRules) -> tuple[list[dict], list[str], list[tuple[int, int]]]:
+    engines = {
+        name: ScriptedEngine(scripted_answer, latency=lambda r: 1 + digest(latency_salt, r.request_id) % 5, max_num_seqs=max_num_seqs)
+        for name in ("planner", "solver")
+    }
+    starts = starts_of([Prompt(f"p{i}", f"What is {i} + {i}?", str(2 * i)) for i in range(6)], 3)
+    order, progress = [], []
+    episodes = play(scheduler(the_rules, starts), engines, lambda e: order.append(e.episode_id), lambda *p: progress.append(p))
+    return [e.to_json() for e in episodes], order, progress
+
+
+def test_two_runs_with_different_latencies_give_identical_episodes():
+    the_rules = rules(policy_of_role={META: "planner", REASONING: "solver"}, max_episode_tokens=60)
+    first, first_order, progress = play_scripted(1, 1000, the_rules)
+    second, second_order, _ = play_scripted(2, 3, the_rules)
+    assert first == second
+    assert first_order != second_order  # the runs were interleaved differently
+    assert {row["status"] for row in first} >= {"finished", "max_rounds", "truncated"}
+    assert progress[-1] == (18, sum(len(t["completion"]["token_ids"]) for row in first for t in row["turns"]))
+
+
+def test_a_finished_turn_is_followed_at_once_while_slow_dialogues_still_run():
+    engine = ScriptedEngine(lambda r: (CHAT.encode_message("Go. [FINISH]"), StopReason.STOP), latency=lambda r: 50 if "slow" in r.request_id else 1)
+    ended_at = {}
+    play(scheduler(rules(), [(Prompt("slow", "?", "1"), 0), (PROMPT, 0)]), {"policy": engine},
+         lambda e: ended_at.setdefault(e.prompt.prompt_id, engine.counters.num_steps))  # fmt: skip
+    assert ended_at == {"p0": 2, "slow": 100}  # a barrier between turns would end p0 at step 51
+
+
+def test_an_engine_that_loses_a_request_or_a_missing_engine_is_an_error():
+    class Amnesiac(ScriptedEngine):
+        def submit(self, request):
+            pass
+
+    with pytest.raises(RuntimeError, match="1 turns are in flight"):
+        play(scheduler(rules()), {"policy": Amnesiac(scripted_answer)})
+    with pytest.raises(ValueError, match="no engine for policy 'policy', which speaks for meta_thinking"):
+        play(scheduler(rules()), {"solver": ScriptedEngine(scripted_answer)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(roles=(META,)), "roles must be"),
+        (dict(max_rounds=0), "max_rounds must be at least 1, got 0"),
+        (dict(finish_marker=" "), "finish_marker must hold text"),
+        (dict(reasoner_template="{question}"), r"must hold \{instruction\}"),
+        (dict(top_p=0.0), "top_p"),
+    ],
+)
+def test_impossible_rules_are_errors_that_name_the_field(changes, message):
+    with pytest.raises(ValueError, match=message):
+        rules(**changes)

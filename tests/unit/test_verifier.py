@@ -1,0 +1,146 @@
+"""Verdicts on answers: strict extraction, equivalent forms, and verifier processes that hang or die."""
+
+import os
+import time
+
+import pytest
+
+from megatron_rema.reward.answers import last_box, quick_verdict
+from megatron_rema.reward.math_verifier import Judgement, VerifierPool
+from megatron_rema.types import Completion, Episode, Prompt, Role, StopReason, Turn, Verdict
+
+CORRECT, WRONG, UNKNOWN = Verdict.CORRECT, Verdict.WRONG, Verdict.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("so \\boxed{5}.", "5"),
+        ("\\boxed{4} no, \\boxed{5}", "5"),
+        ("\\boxed{\\frac{1}{\\sqrt{2}}} done}", "\\frac{1}{\\sqrt{2}}"),
+        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+        ("\\boxed{\\left\\{1\\right.}", "\\left\\{1\\right."),  # an escaped brace opens nothing
+        ("\\boxed{\\boxed{5}}", "5"),
+        ("\\boxed{4} and \\boxed{5", None),  # the last box never closes: cut off, no answer
+        ("\\boxed 5", None),
+        ("boxed{5}", None),
+        ("\\boxed{", None),
+        ("\\boxed{\\", None),
+        ("", None),
+    ],
+)
+def test_the_last_box_is_found_with_balanced_braces(text, content):
+    assert last_box(text) == content
+
+
+def test_only_clear_cases_are_decided_without_algebra():
+    assert quick_verdict("\\boxed{ x+1 }", "x+1 ") is CORRECT
+    assert quick_verdict("\\boxed{+007}", "7") is CORRECT
+    assert quick_verdict("\\boxed{8}", "7") is WRONG
+    assert quick_verdict("7", "7") is WRONG  # no box
+    assert quick_verdict("\\boxed{ }", "7") is WRONG
+    assert quick_verdict("\\boxed{7.0}", "7") is None
+    assert quick_verdict("\\boxed{1+x}", "x+1") is None
+
+
+STRICT = [
+    ("\\boxed{5}", "5", CORRECT),
+    ("\\boxed{0.5}", "\\frac{1}{2}", CORRECT),
+    ("\\boxed{\\dfrac{2}{4}}", "1/2", CORRECT),
+    ("\\boxed{1+x}", "x+1", CORRECT),
+    ("\\boxed{\\{2,1\\}}", "\\{1,2\\}", CORRECT),
+    ("\\boxed{(3,\\pi/2)}", "(3,\\frac{\\pi}{2})", CORRECT),
+    ("\\boxed{1,000}", "1000", CORRECT),
+    ("\\boxed{0.5}", "\\frac{1}{3}", WRONG),
+    ("\\boxed{(\\pi/2,3)}", "(3,\\frac{\\pi}{2})", WRONG),
+    ("\\boxed{3 or 4}", "3", WRONG),
+    ("\\boxed{3,4,5}", "3", WRONG),
+    ("\\boxed{\\frac{}{}^^((}", "3", WRONG),
+    ("The answer is 3.", "3", WRONG),
+    ("\\boxed{1/3} or rather 1/2", "1/2", WRONG),
+]
+
+
+def test_strict_verdicts_of_equivalent_and_different_forms():
+    with VerifierPool(1, timeout_s=20.0) as pool:
+        for i, (text, gold, _) in enumerate(STRICT):
+            pool.submit_answer(str(i), text, gold)
+        judged = pool.collect()
+        assert [(text, judged[str(i)].verdict) for i, (text, _, _) in enumerate(STRICT)] == [(text, verdict) for text, _, verdict in STRICT]
+        assert judged["12"] == Judgement(WRONG, CORRECT, "quick")  # no box: wrong, but the lenient metric finds it
+        assert judged["0"].how == "quick" and judged["1"] == Judgement(CORRECT, CORRECT, "verified")
+        assert pool.collect() == {}  # handed out once
+
+
+def test_a_gold_answer_that_cannot_be_read_is_unknown():
+    with VerifierPool(1, timeout_s=20.0, lenient=False) as pool:
+        pool.submit_answer("a", "\\boxed{3.5}", "\\text{}")
+        assert pool.collect()["a"] == Judgement(UNKNOWN, None, "verified")
+
+
+def faulty(num_workers=1, timeout_s=0.5, lenient=False) -> VerifierPool:
+    return VerifierPool(num_workers, timeout_s, lenient=lenient, function="tests.unit.verifier_faults:judge")
+
+
+def test_hangs_crashes_and_exceptions_are_unknown_and_the_pool_recovers():
+    words = ["yes", "hang", "yes", "die", "no", "raise", "print yes", "hang", "yes"]
+    with faulty() as pool:
+        for i, word in enumerate(words):
+            pool.submit_answer(str(i), f"say \\boxed{{{word}}}", "gold")
+        started = time.monotonic()
+        judged = [(j.verdict, j.how) for j in pool.collect().values()]
+        assert time.monotonic() - started < 30  # two hangs of 60 s were cut at 0.5 s each
+        yes = (CORRECT, "verified")
+        assert judged == [
+            yes, (UNKNOWN, "timeout"), yes, (UNKNOWN, "crash"), (WRONG, "verified"), (UNKNOWN, "crash"), yes, (UNKNOWN, "timeout"), yes,
+        ]  # fmt: skip
+        pool.submit_answer("again", "say \\boxed{yes}", "gold")
+        assert pool.collect()["again"].verdict is CORRECT
+
+
+def test_a_hang_of_the_lenient_metric_leaves_the_strict_verdict():
+    with faulty(lenient=True) as pool:
+        pool.submit_answer("a", "say lenient \\boxed{no}", "gold")
+        assert pool.collect()["a"] == Judgement(WRONG, UNKNOWN, "verified")
+
+
+def test_verification_runs_beside_the_caller_and_close_does_not_wait_for_hangs():
+    started = time.monotonic()
+    pool = faulty(num_workers=2, timeout_s=60.0)
+    for i in range(4):
+        pool.submit_answer(str(i), "say \\boxed{hang}", "gold")
+    assert time.monotonic() - started < 1.0  # submit returns at once
+    time.sleep(1.5)
+    pids = [process._process.pid for process in pool._processes]
+    pool.close()
+    assert time.monotonic() - started < 20
+    assert pids and all(not os.path.exists(f"/proc/{pid}") for pid in pids)  # no orphan is left behind
+
+
+def test_a_verifier_that_cannot_start_is_an_error_and_not_a_verdict():
+    with VerifierPool(1, function="tests.unit.verifier_faults:absent") as pool:
+        pool.submit_answer("a", "\\boxed{1/2}", "0.5")
+        with pytest.raises(RuntimeError, match="did not start"):
+            pool.collect()
+
+
+def test_the_answer_is_read_from_the_reasoners_last_message():
+    def turn(role, text):
+        return Turn(role, 0, (), Completion("", (), (), StopReason.STOP, 0), text)
+
+    prompt = Prompt("p", "?", "5")
+    right = Episode("right", prompt, 0, [turn(Role.REASONING, "\\boxed{4}"), turn(Role.META_THINKING, "\\boxed{9}"), turn(Role.REASONING, "\\boxed{5}")])
+    early = Episode("early", prompt, 1, [turn(Role.REASONING, "\\boxed{5}"), turn(Role.REASONING, "yes")])
+    silent = Episode("silent", prompt, 2, [turn(Role.META_THINKING, "\\boxed{5}")])
+    with VerifierPool(1, lenient=False) as pool:
+        for episode in (right, early, silent):
+            pool.submit(episode)
+        assert {key: j.verdict for key, j in pool.collect().items()} == {"right": CORRECT, "early": WRONG, "silent": WRONG}
+        pool.submit(right)
+        with pytest.raises(ValueError, match="'right' was submitted before"):
+            pool.submit(right)
+
+
+def test_impossible_pool_settings_are_errors():
+    with pytest.raises(ValueError, match="num_workers must be at least 1"):
+        VerifierPool(0)

@@ -1,0 +1,123 @@
+"""Log-probability and entropy of an unsharded vocabulary. Sharded ones: tests/distributed/test_vocab_parallel.py.
+
+Shapes: T label positions, V padded vocabulary.
+"""
+
+import pytest
+import torch
+
+from megatron_rema.parallel import vocab
+from megatron_rema.parallel.vocab import vocab_parallel_logprobs_and_entropy
+
+
+def make(num_tokens=13, width=24, vocab_size=21, scale=3.0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    logits_TV = torch.randn(num_tokens, width, generator=generator, dtype=torch.float64) * scale
+    logits_TV[:, vocab_size:] = 1e4  # padding columns: would swallow all probability if they were read
+    labels_T = torch.randint(0, vocab_size, (num_tokens,), generator=generator)
+    return logits_TV.to(dtype), labels_T
+
+
+def reference(logits_TV, labels_T, temperature, vocab_size):
+    logp_TV = torch.log_softmax(logits_TV.double()[:, :vocab_size] / temperature, -1)
+    return logp_TV.gather(1, labels_T[:, None])[:, 0], -(logp_TV.exp() * logp_TV).sum(-1)
+
+
+# float32: one rounding of the logits (spacing 1e-6 at 10) and of sums over 21 columns; bf16 logits are read exactly, so the same
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 2.0])
+def test_values_match_log_softmax_in_float64(dtype, temperature):
+    logits_TV, labels_T = make(dtype=dtype)
+    logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(
+        logits_TV, labels_T, None, temperature=temperature, with_entropy=True, vocab_size=21
+    )
+    expected_logprobs_T, expected_entropy_T = reference(logits_TV, labels_T, temperature, 21)
+    assert logprobs_T.dtype == entropy_T.dtype == torch.float32
+    torch.testing.assert_close(logprobs_T.double(), expected_logprobs_T, atol=5e-6, rtol=0)
+    torch.testing.assert_close(entropy_T.double(), expected_entropy_T, atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 100])
+@pytest.mark.parametrize("use_logprobs", [True, False])
+@pytest.mark.parametrize("use_entropy", [True, False])
+def test_gradients_match_log_softmax_in_float64_for_any_chunking(monkeypatch, rows, use_logprobs, use_entropy):
+    monkeypatch.setattr(vocab, "CHUNK_ELEMENTS", rows * 24)
+    logits_TV, labels_T = make()
+    ours_TV, theirs_TV = logits_TV.clone().requires_grad_(), logits_TV.double().requires_grad_()
+    g_T, h_T = torch.linspace(-2, 3, 13), torch.linspace(1, -4, 13)  # incoming gradients other than 1, both signs
+
+    def loss(logprobs_T, entropy_T):
+        zero = 0.0 * (logprobs_T.sum() + entropy_T.sum())
+        return zero + use_logprobs * (logprobs_T * g_T).sum() + use_entropy * (entropy_T * h_T).sum()
+
+    loss(*vocab_parallel_logprobs_and_entropy(ours_TV, labels_T, None, temperature=0.7, with_entropy=True, vocab_size=21)).backward()
+    loss(*reference(theirs_TV, labels_T, 0.7, 21)).backward()
+    torch.testing.assert_close(ours_TV.grad.double(), theirs_TV.grad, atol=2e-5, rtol=0)  # gradients are of order 4 / 0.7
+    assert (ours_TV.grad[:, 21:] == 0).all()
+
+
+def test_gradients_match_finite_differences():
+    logits_TV, labels_T = make(5, 7, 6, scale=1.0, dtype=torch.float64)
+    logits_TV[:, 6:] = 0.0
+    assert torch.autograd.gradcheck(
+        lambda x: vocab_parallel_logprobs_and_entropy(x, labels_T, None, temperature=0.7, with_entropy=True, vocab_size=6),
+        logits_TV.requires_grad_(),
+    )
+
+
+def test_without_entropy_there_is_none_and_the_logprob_gradient_is_the_same():
+    logits_TV, labels_T = make()
+    grads = []
+    for with_entropy in (False, True):
+        leaf_TV = logits_TV.clone().requires_grad_()
+        logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(leaf_TV, labels_T, None, with_entropy=with_entropy, vocab_size=21)
+        assert (entropy_T is not None) == with_entropy
+        logprobs_T.sum().backward()
+        grads.append(leaf_TV.grad)
+    assert torch.equal(*grads)
+
+
+def test_backward_keeps_the_logits_and_only_small_tensors_beside_them():
+    saved = []
+    logits_TV, labels_T = make(dtype=torch.bfloat16)
+    logits_TV.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        vocab_parallel_logprobs_and_entropy(logits_TV, labels_T, None, with_entropy=True, vocab_size=21)
+    large = [t for t in saved if t.numel() > 13]
+    assert [t.data_ptr() for t in large] == [logits_TV.data_ptr()]
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e4])
+def test_peaked_distributions_stay_finite_with_entropy_near_zero(scale):
+    logits_TV, labels_T = make(scale=scale)
+    logits_TV[:, 21:] = 0
+    leaf_TV = logits_TV.requires_grad_()
+    logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(leaf_TV, labels_T, None, with_entropy=True, vocab_size=21)
+    (logprobs_T.sum() + entropy_T.sum()).backward()
+    assert logprobs_T.isfinite().all() and leaf_TV.grad.isfinite().all()
+    expected_T = reference(logits_TV.detach(), labels_T, 1.0, 21)[1]
+    torch.testing.assert_close(entropy_T.double(), expected_T, atol=1e-4, rtol=0)  # float32 spacing of logits near 1e3 is 6e-5
+
+
+def test_nan_logits_and_impossible_labels_are_not_hidden():
+    logits_TV, labels_T = make()
+    logits_TV[2, 4] = float("nan")
+    labels_T[5], labels_T[6] = 21, -1  # a padding column and no column
+    logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(logits_TV, labels_T, None, with_entropy=True, vocab_size=21)
+    assert logprobs_T.isnan().nonzero()[:, 0].tolist() == [2, 5, 6]
+    assert entropy_T.isnan().nonzero()[:, 0].tolist() == [2]
+
+
+def test_no_tokens_are_fine():
+    logits_TV = torch.zeros(0, 24, requires_grad=True)
+    logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(logits_TV, torch.zeros(0).long(), None, with_entropy=True, vocab_size=21)
+    (logprobs_T.sum() + entropy_T.sum()).backward()
+    assert logprobs_T.shape == entropy_T.shape == (0,) and logits_TV.grad.shape == (0, 24)
+
+
+def test_bad_settings_are_refused_with_the_numbers():
+    logits_TV, labels_T = make()
+    with pytest.raises(ValueError, match=r"1 shards of 24 columns hold 24 logits, fewer than vocab_size \(25\)"):
+        vocab_parallel_logprobs_and_entropy(logits_TV, labels_T, None, vocab_size=25)
+    with pytest.raises(ValueError, match="temperature"):
+        vocab_parallel_logprobs_and_entropy(logits_TV, labels_T, None, temperature=0.0, vocab_size=21)
