@@ -2,6 +2,7 @@
 
 from megatron_rema.config import RunConfig
 from megatron_rema.front_door import enter
+from megatron_rema.trainer.inputs import read_for_evaluation
 
 
 def run(config: RunConfig) -> None:
@@ -10,9 +11,10 @@ def run(config: RunConfig) -> None:
 
         score_file(config)
     else:
+        inputs = read_for_evaluation(config)
         from megatron_rema.trainer.evaluation import evaluate_checkpoint
 
-        evaluate_checkpoint(config)
+        evaluate_checkpoint(config, inputs)
 
 
 if __name__ == "__main__":

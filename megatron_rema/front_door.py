@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,6 +58,8 @@ def enter(name: str, run: Callable[[RunConfig], None]) -> None:
             # Not sys.exit: ranks may already hold process groups whose clean-up waits for peers.
             os._exit(BAD_INPUT_EXIT_CODE)
 
+    # megatron-core says on every import that Apex and Transformer Engine are missing: on CPU they cannot be there.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     arguments = sys.argv[1:]
     if any(argument.startswith("-") for argument in arguments):
         sys.argv[0] = name

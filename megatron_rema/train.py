@@ -2,12 +2,14 @@
 
 from megatron_rema.config import RunConfig
 from megatron_rema.front_door import enter
+from megatron_rema.trainer.inputs import read_for_training
 
 
 def run(config: RunConfig) -> None:
-    from megatron_rema.trainer.loop import train  # torch and megatron load only once the configuration is known to be good
+    inputs = read_for_training(config)
+    from megatron_rema.trainer.loop import train  # torch and megatron load only once the inputs are known to be good
 
-    train(config)
+    train(config, inputs)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ class VllmEngine:
         self._fault: str | None = None
         with contained():
             from vllm.engine.arg_utils import EngineArgs
+            from vllm.platforms import current_platform
             from vllm.sampling_params import RequestOutputKind, SamplingParams
             from vllm.usage.usage_lib import UsageContext
             from vllm.v1.engine.llm_engine import LLMEngine
@@ -69,7 +70,7 @@ class VllmEngine:
             tame()
             _check_tensor_size(tensor)
             register_in_process(json.loads((Path(model_path) / "config.json").read_text())["architectures"])
-            self._on_cpu = not torch.cuda.is_available()
+            self._on_cpu = current_platform.is_cpu()
             for name, value in (("RANK", dist.get_rank()), ("WORLD_SIZE", dist.get_world_size()), ("LOCAL_RANK", 0)):
                 os.environ.setdefault(name, str(value))
             arguments = EngineArgs(

@@ -38,8 +38,7 @@ class Packing(PackedSeqParams):
 
 
 def packing_of(batch: Batch) -> Packing:
-    """The longest sequence is taken from ``cu_seqlens``: megatron's rotary embedding numbers positions over the whole batch, silently, when
-    it is told a maximum that equals T."""
+    """Built once per microbatch, for all layers. The longest sequence is counted here, so that padding sequences are covered too."""
     cu_seqlens = batch.cu_seqlens
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
     max_seqlen = int(lengths.max())

@@ -82,8 +82,8 @@ def behaviour_metrics(episodes: Sequence[Episode], finish_marker: str | None) ->
     mean("meta_thinking/leak_first_rate", [leaks_first(e) for e in planned])
     mean("meta_thinking/leak_round_mean", leaks)
     for name, leaked in (("accuracy_given_leak", True), ("accuracy_given_no_leak", False)):
-        known = [e for e, leak in zip(planned, leaks, strict=True) if (leak is not None) is leaked and e.verdict in (Verdict.CORRECT, Verdict.WRONG)]
-        mean(f"meta_thinking/{name}", [e.verdict is Verdict.CORRECT for e in known])
+        alike = [e.verdict for e, leak in zip(planned, leaks, strict=True) if (leak is not None) is leaked]
+        mean(f"meta_thinking/{name}", [verdict is Verdict.CORRECT for verdict in alike if verdict in (Verdict.CORRECT, Verdict.WRONG)])
     if finish_marker is not None:
         answered = [e for e in planned if e.turns_of(Role.REASONING)]
         mean("reasoning/marker_rate", [any(finish_marker in t.text for t in e.turns_of(Role.REASONING)) for e in answered])

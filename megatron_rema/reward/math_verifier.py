@@ -46,6 +46,7 @@ class VerifierPool:
         self._timeout_s, self._lenient, self._function = timeout_s, lenient, function
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="verifier")
         self._own = threading.local()
+        self._lock, self._is_closed = threading.Lock(), False  # of the list of processes: close() must miss none
         self._processes: list[_VerifierProcess] = []
         self._pending: dict[str, Judgement | Future[Judgement]] = {}
 
@@ -69,9 +70,12 @@ class VerifierPool:
         return {key: j if isinstance(j, Judgement) else j.result() for key, j in pending.items()}
 
     def close(self) -> None:
+        """End all processes, hanging ones too; answers not yet judged are dropped."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for process in self._processes:
-            process.kill()
+        with self._lock:
+            self._is_closed = True
+            for process in self._processes:
+                process.kill()
         self._threads.shutdown(wait=True)
 
     def __enter__(self) -> VerifierPool:
@@ -91,8 +95,12 @@ class VerifierPool:
     def _ask(self, answer: str, gold: str) -> tuple[Verdict, str]:
         process: _VerifierProcess | None = getattr(self._own, "process", None)
         if process is None or not process.is_alive:
-            process = self._own.process = _VerifierProcess(self._function, self._timeout_s)
-            self._processes.append(process)
+            with self._lock:
+                if self._is_closed:
+                    raise RuntimeError("the verifier pool was closed with answers still to judge.")
+                process = self._own.process = _VerifierProcess(self._function, self._timeout_s)
+                self._processes = [p for p in self._processes if p.is_alive] + [process]
+            process.wait_until_ready()
         return process.ask(answer, gold, self._timeout_s)
 
 
@@ -109,10 +117,11 @@ class _VerifierProcess:
         )
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._process.stdout, selectors.EVENT_READ)
-        line = self._read(START_TIMEOUT_S)
-        if not line:
+
+    def wait_until_ready(self) -> None:
+        if not self._read(START_TIMEOUT_S):
             self.kill()
-            raise RuntimeError(f"a verifier process for {function!r} did not start within {START_TIMEOUT_S:.0f} s; its error is above.")
+            raise RuntimeError(f"a verifier process did not start within {START_TIMEOUT_S:.0f} s or failed; what it printed is above.")
 
     @property
     def is_alive(self) -> bool:

@@ -27,7 +27,8 @@ class ChatFormat:
     def __init__(self, tokenizer: Any, *, template_kwargs: Mapping[str, Any] | None = None):
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(
-                f"tokenizer {tokenizer.name_or_path!r} has no chat_template: dialogues need one; add chat_template.jinja to the model's folder."
+                f"tokenizer {tokenizer.name_or_path!r} has no chat_template, which dialogues need: "
+                "add chat_template.jinja to the model's folder."
             )
         self.tokenizer = tokenizer
         self._template_kwargs = dict(template_kwargs or {})

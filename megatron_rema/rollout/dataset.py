@@ -39,22 +39,23 @@ def read_prompts(
     prompts: list[Prompt] = []
     first_line: dict[str, str] = {}
     for where, number, row in _rows(path):
-        if limit is not None and len(prompts) == limit:
-            break
         prompt_id = _text(row, id_key, where) if id_key else f"{Path(path).stem}-{number}"
         if prompt_id in first_line:
             raise ValueError(f"{where}: field {id_key!r} is {prompt_id!r} as in {first_line[prompt_id]}: ids must be unique in a file.")
         first_line[prompt_id] = where
         question, answer = _text(row, question_key, where), _text(row, answer_key, where)
         subset = row.get(subset_key)
-        prompts.append(Prompt(prompt_id, question, answer, _level(row.get(level_key), level_key, where), "" if subset is None else str(subset)))
+        level = _level(row.get(level_key), level_key, where)
+        prompts.append(Prompt(prompt_id, question, answer, level, "" if subset is None else str(subset)))
+        if len(prompts) == limit:
+            break
     if not prompts:
         raise ValueError(f"{path}: no rows. Give a file with at least one problem.")
     return prompts
 
 
 def read_dialogues(path: str | Path) -> list[WrittenDialogue]:
-    """Rows {"question", "answer", "turns": [{"role": "meta_thinking" | "reasoning", "text"}, ...]}; both roles in turn, or the reasoner once."""
+    """Rows {"question", "answer", "turns": [{"role", "text"}, ...]}: meta_thinking and reasoning in turn, or reasoning once."""
     dialogues: list[WrittenDialogue] = []
     for where, _, row in _rows(path):
         turns = row.get("turns")
@@ -64,9 +65,10 @@ def read_dialogues(path: str | Path) -> list[WrittenDialogue]:
         for i, turn in enumerate(turns):
             if not isinstance(turn, dict):
                 raise ValueError(f"{where}: field 'turns[{i}]' must be an object with 'role' and 'text', got {_brief(turn)}.")
-            if turn.get("role") not in list(Role):
-                raise ValueError(f"{where}: field 'turns[{i}].role' must be one of {[str(r) for r in Role]}, got {_brief(turn.get('role'))}.")
-            role = Role(turn["role"])
+            named = turn.get("role")
+            if named not in list(Role):
+                raise ValueError(f"{where}: field 'turns[{i}].role' must be one of {[str(r) for r in Role]}, got {_brief(named)}.")
+            role = Role(named)
             expected = Role.REASONING if len(turns) == 1 or i % 2 else Role.META_THINKING
             if role is not expected:
                 raise ValueError(f"{where}: field 'turns[{i}].role' is {str(role)!r} where {str(expected)!r} must speak: roles alternate.")

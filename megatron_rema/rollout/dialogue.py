@@ -65,7 +65,7 @@ class Dialogue:
     def __init__(self, chat: ChatFormat, rules: DialogueRules, question: str):
         self.turns: list[Turn] = []
         self._chat, self._rules, self._question = chat, rules, question
-        self._views: dict[Role, tuple[int, ...]] = {role: () for role in rules.roles}
+        self._views: dict[Role, tuple[int, ...]] = dict.fromkeys(rules.roles, ())
         self._context: tuple[int, ...] | None = None  # what the next speaker hears, encoded when first asked for
 
     @property

@@ -75,7 +75,7 @@ class TurnScheduler:
     def accept(self, completion: Completion) -> Episode | None:
         """Add one sampled turn to its dialogue. Returns the episode if that ended it."""
         if completion.request_id not in self._in_flight:
-            raise ValueError(f"completion of request {completion.request_id!r}, which is not in flight: never submitted, or accepted before.")
+            raise ValueError(f"completion of {completion.request_id!r}, which is not in flight: never submitted, or accepted before.")
         assert len(completion.token_ids) == len(completion.logprobs), f"{completion.request_id}: tokens and logprobs differ in number."
         episode, dialogue = self._in_flight.pop(completion.request_id)
         episode.turns.append(dialogue.add(completion))

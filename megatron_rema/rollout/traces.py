@@ -35,7 +35,8 @@ def traces_of_dialogue(
     dialogue = Dialogue(chat, rules, question)
     for number, (role, text) in enumerate(turns):
         if role is not dialogue.next_role:
-            raise ValueError(f"turns[{number}].role is {str(role)!r} where {str(dialogue.next_role)!r} speaks: turns must alternate by rules.roles.")
+            expected = str(dialogue.next_role)
+            raise ValueError(f"turns[{number}].role is {str(role)!r} where {expected!r} speaks: turns must alternate by rules.roles.")
         ids = chat.encode_message(text)
         dialogue.add(Completion(f"{episode_id}/{number}", ids, (0.0,) * len(ids), StopReason.STOP, weight_version=0))
     spoken = {role: [turn for turn in dialogue.turns if turn.role is role] for role in rules.roles}

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_rema.architecture import Architecture
 from megatron_rema.bridge.weights import iterate_hf_tensors, load_hf, save_hf
-from megatron_rema.config import ConfigError, RunConfig
+from megatron_rema.config import RunConfig
 from megatron_rema.engine.start import build_engine
 from megatron_rema.models.optimizer import Optimizer, build_optimizer
 from megatron_rema.models.policy import ParallelModel, build_policy
@@ -51,33 +51,9 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def check_models(config: RunConfig) -> dict[str, Architecture]:
-    """Every policy's architecture, checked against the layout before anything is built. Raises ValueError."""
-    architectures = {}
-    for name in config.agents.policies:
-        path = config.model_path(name)
-        if not Path(path).is_dir():
-            raise ConfigError(f"model.path of policy {name} is {path}; no such folder: give a Hugging Face checkpoint folder.")
-        arch = Architecture.from_pretrained(path)
-        arch.check_layout(config.parallel.tensor, config.parallel.pipeline)
-        if not ((Path(path) / "tokenizer.json").exists() or (Path(path) / "tokenizer_config.json").exists()):
-            raise ConfigError(f"model.path {path} has no tokenizer.json; dialogues need the model's tokenizer: copy its files there.")
-        if config.rollout.max_context_tokens > arch.max_positions:
-            raise ConfigError(
-                f"rollout.max_context_tokens ({config.rollout.max_context_tokens}) exceeds the model's max_position_embeddings "
-                f"({arch.max_positions}): lower it."
-            )
-        architectures[name] = arch
-    return architectures
-
-
 def chat_format(config: RunConfig) -> ChatFormat:
     """The chat format that all policies share."""
-    paths = [Path(config.model_path(name)) for name in config.agents.policies]
-    for path in paths[1:]:
-        if (path / "tokenizer.json").read_bytes() != (paths[0] / "tokenizer.json").read_bytes():
-            raise ConfigError(f"policies at {paths[0]} and {path} have different tokenizers; give all policies the same one.")
-    return ChatFormat.from_pretrained(str(paths[0]))
+    return ChatFormat.from_pretrained(config.model_path(next(iter(config.agents.policies))))
 
 
 def dialogue_rules(config: RunConfig) -> DialogueRules:

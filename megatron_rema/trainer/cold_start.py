@@ -10,29 +10,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rema.config import ConfigError, RunConfig, as_mapping, check_file, check_run_dir
+from megatron_rema.config import ConfigError, RunConfig, as_mapping
 from megatron_rema.parallel.groups import build_groups
 from megatron_rema.parallel.pipeline import forward_backward, reduce_stats
 from megatron_rema.parallel.vocab import vocab_parallel_logprobs_and_entropy
-from megatron_rema.rollout.dataset import read_dialogues
 from megatron_rema.rollout.traces import traces_of_dialogue
 from megatron_rema.trainer import state
-from megatron_rema.trainer.cast import Policy, build_policies, chat_format, check_models, dialogue_rules, export_hf, process_group
+from megatron_rema.trainer.cast import Policy, build_policies, chat_format, dialogue_rules, export_hf, process_group
 from megatron_rema.trainer.experience import pack_for_rank
+from megatron_rema.trainer.inputs import Inputs
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
 from megatron_rema.types import Batch, Trace
 
 
-def train(config: RunConfig) -> None:
+def train(config: RunConfig, inputs: Inputs) -> None:
     """The ``sft`` front door. ``trainer.steps`` optimizer steps of ``trainer.global_batch_dialogues`` dialogues each."""
-    check_run_dir(config.run_dir, config.resume)
-    architectures = check_models(config)
-    check_file("task.cold_start_file", config.task.cold_start_file)
     chat, rules = chat_format(config), dialogue_rules(config)
     dialogues = [
         traces_of_dialogue(chat, rules, dialogue.question, dialogue.turns, episode_id=str(index))
-        for index, dialogue in enumerate(read_dialogues(config.task.cold_start_file))
+        for index, dialogue in enumerate(inputs.dialogues)
     ]
     longest = max(len(trace.token_ids) for traces in dialogues for trace in traces)
     if longest > config.trainer.microbatch_tokens:
@@ -45,7 +42,7 @@ def train(config: RunConfig) -> None:
         dist.barrier()  # every rank has looked at run_dir before rank 0 makes it
         reporter, folder = Reporter(speaks=first), RunFolder(config.run_dir, writes=first)
         groups = build_groups(tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
-        policies = build_policies(config, architectures, groups, total_steps=max(config.trainer.steps, 1), with_reference=False)
+        policies = build_policies(config, inputs.architectures, groups, total_steps=max(config.trainer.steps, 1), with_reference=False)
         position = state.restore(config, policies, folder)
         folder.write_config(as_mapping(config))
         reporter.say(f"{len(dialogues)} dialogues, {config.trainer.steps} steps of {config.trainer.global_batch_dialogues}")

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 
 import numpy as np
+import torch.distributed as dist
 from rich.table import Table
 from scipy import stats
 
-from megatron_rema.config import RunConfig, check_file, check_run_dir
+from megatron_rema.config import RunConfig, as_mapping
 from megatron_rema.reward.assign import assign
 from megatron_rema.reward.math_verifier import VerifierPool
 from megatron_rema.rollout.chat import ChatFormat
-from megatron_rema.rollout.dataset import read_prompts
+from megatron_rema.rollout.dialogue import DialogueRules
 from megatron_rema.rollout.scheduler import starts_of
+from megatron_rema.trainer.cast import build_engines, chat_format, dialogue_rules, process_group
 from megatron_rema.trainer.collect import play_everywhere
+from megatron_rema.trainer.inputs import Inputs
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
 from megatron_rema.types import Engine, Episode, Prompt
@@ -56,21 +59,11 @@ def interval(problem_means: Sequence[float]) -> tuple[float, float]:
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-def read_sets(config: RunConfig) -> dict[str, list[Prompt]]:
-    """The first ``trainer.evaluation_problems`` problems of every evaluation set."""
-    sets = {}
-    for name, file in config.task.evaluation_files.items():
-        check_file(f"task.evaluation_files.{name}", file)
-        limit = config.trainer.evaluation_problems or None
-        sets[name] = read_prompts(file, question_key=config.task.question_key, answer_key=config.task.answer_key, limit=limit)
-    return sets
-
-
 def evaluate_sets(
     sets: Mapping[str, Sequence[Prompt]],
     config: RunConfig,
     *,
-    rules,
+    rules: DialogueRules,
     chat: ChatFormat,
     engines: Mapping[str, Engine],
     verifier: VerifierPool,
@@ -149,32 +142,29 @@ def table(rows: Sequence[Mapping], title: str) -> Table:
     return view
 
 
-def evaluate_checkpoint(config: RunConfig) -> None:
+def evaluate_checkpoint(config: RunConfig, inputs: Inputs) -> None:
     """The ``evaluate`` front door: a checkpoint plays every evaluation set; results go to run_dir/evaluations.jsonl and the console."""
-    from dataclasses import asdict
-
-    import torch.distributed as dist
-
-    from megatron_rema.trainer.cast import build_engines, chat_format, check_models, dialogue_rules, process_group
-
-    check_run_dir(config.run_dir, config.resume)
-    check_models(config)
-    sets, chat = read_sets(config), chat_format(config)
+    chat, rules, reward = chat_format(config), dialogue_rules(config), config.reward
     with process_group():
         first = dist.get_rank() == 0
         dist.barrier()  # every rank has looked at run_dir before rank 0 makes it
         folder, reporter = RunFolder(config.run_dir, writes=first), Reporter(speaks=first)
-        reward = config.reward
+        folder.write_config(as_mapping(config))
         with VerifierPool(reward.verifier_processes, reward.verifier_timeout_s) as verifier:
             engines = build_engines(config)
-            rows = [
-                asdict(result)
-                for result in evaluate_sets(
-                    sets, config, rules=dialogue_rules(config), chat=chat, engines=engines, verifier=verifier, reporter=reporter, step=0
-                )
-            ]
+            results = evaluate_sets(
+                inputs.evaluation_sets or {},
+                config,
+                rules=rules,
+                chat=chat,
+                engines=engines,
+                verifier=verifier,
+                reporter=reporter,
+                step=0,
+            )
             for engine in engines.values():
                 engine.close()
+        rows = [asdict(result) for result in results]
         for row in rows:
             folder.evaluation(row)
         reporter.console.print(table(rows, config.model.path))

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_rema.config import RunConfig, as_mapping, check_file, check_run_dir
+from megatron_rema.config import RunConfig, as_mapping
 from megatron_rema.parallel.groups import build_groups
-from megatron_rema.report.page import write_report
 from megatron_rema.reward.assign import assign, reward_metrics
 from megatron_rema.reward.behaviour import behaviour_metrics
 from megatron_rema.reward.math_verifier import VerifierPool
 from megatron_rema.rollout.chat import ChatFormat
-from megatron_rema.rollout.dataset import PromptStream, read_prompts
+from megatron_rema.rollout.dataset import PromptStream
 from megatron_rema.rollout.dialogue import DialogueRules
 from megatron_rema.rollout.scheduler import starts_of
 from megatron_rema.rollout.traces import traces_of
@@ -29,7 +28,6 @@ from megatron_rema.trainer.cast import (
     build_engines,
     build_policies,
     chat_format,
-    check_models,
     dialogue_rules,
     export_hf,
     process_group,
@@ -37,8 +35,9 @@ from megatron_rema.trainer.cast import (
 )
 from megatron_rema.trainer.collect import play_everywhere
 from megatron_rema.trainer.credit import assign_advantages
-from megatron_rema.trainer.evaluation import evaluate_sets, read_sets, table
+from megatron_rema.trainer.evaluation import evaluate_sets, table
 from megatron_rema.trainer.experience import is_trainable, pack_for_rank
+from megatron_rema.trainer.inputs import Inputs
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
 from megatron_rema.trainer.update import score, update
@@ -71,13 +70,9 @@ class Study:
     position: state.Position
 
 
-def train(config: RunConfig) -> None:
-    """The ``train`` front door. Raises ValueError for bad input before anything is built or written."""
-    check_run_dir(config.run_dir, config.resume)
-    architectures = check_models(config)
-    check_file("task.train_file", config.task.train_file)
-    prompts = read_prompts(config.task.train_file, question_key=config.task.question_key, answer_key=config.task.answer_key)
-    sets, chat = read_sets(config), chat_format(config)
+def train(config: RunConfig, inputs: Inputs) -> None:
+    """The ``train`` front door, its inputs read."""
+    chat = chat_format(config)
     with process_group():
         first = dist.get_rank() == 0
         dist.barrier()  # every rank has looked at run_dir before rank 0 makes it
@@ -85,7 +80,7 @@ def train(config: RunConfig) -> None:
         explain(config, reporter)
         groups = build_groups(tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
         total_steps = config.trainer.steps * config.trainer.minibatches_per_step
-        policies = build_policies(config, architectures, groups, total_steps=max(total_steps, 1), with_reference=config.algorithm.kl_coef > 0)
+        policies = build_policies(config, inputs.architectures, groups, total_steps=max(total_steps, 1), with_reference=config.algorithm.kl_coef > 0)
         position = state.restore(config, policies, folder)
         if position.step:
             reporter.say(f"resumed at step {position.step}")
@@ -94,7 +89,17 @@ def train(config: RunConfig) -> None:
         engines = build_engines(config)
         with VerifierPool(config.reward.verifier_processes, config.reward.verifier_timeout_s) as verifier:
             study = Study(
-                config, policies, engines, dialogue_rules(config), chat, PromptStream(prompts, config.seed), sets, verifier, folder, reporter, position
+                config=config,
+                policies=policies,
+                engines=engines,
+                rules=dialogue_rules(config),
+                chat=chat,
+                stream=PromptStream(inputs.prompts, config.seed),
+                sets=inputs.evaluation_sets or {},
+                verifier=verifier,
+                folder=folder,
+                reporter=reporter,
+                position=position,
             )
             run(study)
         for engine in engines.values():
@@ -295,6 +300,8 @@ def alarm(study: Study, metrics: Mapping[str, float]) -> None:
 def finish(study: Study) -> None:
     """Rank 0 prints the evaluations side by side and writes the report."""
     if study.folder.writes:
+        from megatron_rema.report.page import write_report
+
         report = write_report(study.folder.path)
         rows = study.folder.read("evaluations.jsonl")
         study.reporter.console.print(table(rows, "evaluations (sampled dialogues, finished and right)"))

@@ -91,6 +91,8 @@ class TestVllmEngine(EngineContract):
 
 
 def test_python_and_numpy_random_states_survive_an_engine_start(started, tmp_path):
+    random.seed(12345)  # not the state that an earlier engine start may have left
+    np.random.seed(54321)
     python_state, numpy_state = random.getstate(), np.random.get_state()[1].tolist()
     started.append(start_vllm(save_tiny_model(tmp_path / "m", MODEL)))
     assert random.getstate() == python_state

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rema.rollout.chat import ChatFormat
-from tests.unit.tiny_tokenizer import CHATML, CORPUS, KINDS, tiny_tokenizer
+from tests.unit.tiny_tokenizer import CORPUS, KINDS, tiny_tokenizer
 
 SYSTEM, QUESTION, ANSWER, REPLY = "You plan.", "what is 12 + 34?", "compute the product first", "then add."
 
@@ -77,11 +77,13 @@ def test_a_message_that_stopped_at_another_stop_token_is_closed_too():
     eos = chat.tokenizer.eos_token_id
     assert chat.stop_token_ids == (chat.end_token_id, eos)
     assert chat.following((5, eos), REPLY)[0] == chat.end_token_id
-    assert chat.text_of((*chat.encode_text(ANSWER), eos)) == ANSWER == chat.text_of(chat.encode_message(ANSWER)) == chat.text_of(chat.encode_text(ANSWER))
+    body = chat.encode_text(ANSWER)
+    assert [chat.text_of(ids) for ids in (body, (*body, eos), chat.encode_message(ANSWER))] == [ANSWER] * 3
 
 
 SPELLINGS = sorted({t for _, eos, bos, special, more in KINDS.values() for t in (eos, bos or eos, *special, *more)})
-awkward_texts = st.lists(st.one_of(st.text(max_size=8), st.sampled_from([*SPELLINGS, "\n\n", "  ", "<", "|im_end|>", "\u00e9", "\U0001f600"]))).map("".join)
+pieces = st.one_of(st.text(max_size=8), st.sampled_from([*SPELLINGS, "\n\n", "  ", "<", "|im_end|>", "\u00e9", "\U0001f600"]))
+awkward_texts = st.lists(pieces).map("".join)
 
 
 @settings(max_examples=50, deadline=None)
@@ -90,7 +92,8 @@ def test_a_message_that_spells_special_tokens_stays_plain_text(kind, text):
     chat = ChatFormat(tiny_tokenizer(kind))
     ids = chat.encode_text(text)
     tokenizer = chat.tokenizer
-    control = set(tokenizer.all_special_ids) | set(chat.stop_token_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.content in CHATML}
+    template_tokens = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content in tokenizer.chat_template}
+    control = {*tokenizer.all_special_ids, *chat.stop_token_ids, *template_tokens}
     assert control.isdisjoint(ids)
     assert tokenizer.decode(ids) == text  # byte-level: no text is lost on the way
     opening = chat.opening("s", text)  # and a dialogue holds no more control tokens than with a harmless message
@@ -115,7 +118,8 @@ def fresh_tokenizer(template):
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tiny_tokenizer().backend_tokenizer.to_str()), name_or_path="tiny")
+    bpe = Tokenizer.from_str(tiny_tokenizer().backend_tokenizer.to_str())
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, name_or_path="tiny")
     tokenizer.chat_template = template
     return tokenizer
 
@@ -136,8 +140,9 @@ def test_a_tokenizer_folder_gives_the_same_format(tmp_path):
 
 
 def test_importing_rollout_and_reward_imports_neither_torch_nor_transformers():
-    rooms = "from megatron_rema.rollout import chat, dataset, dialogue, runner, scheduler, traces; from megatron_rema.reward import assign, behaviour"
-    check = "import sys; print([m for m in ('torch', 'transformers', 'vllm', 'math_verify') if m in sys.modules])"
+    rooms = "import megatron_rema.rollout.runner, megatron_rema.rollout.traces, megatron_rema.rollout.dataset"
+    rooms += ", megatron_rema.reward.assign, megatron_rema.reward.behaviour, sys"
+    check = "print([m for m in ('torch', 'transformers', 'vllm', 'math_verify') if m in sys.modules])"
     root = Path(__file__).parents[2]
     out = subprocess.run([sys.executable, "-c", f"{rooms}; {check}"], capture_output=True, text=True, check=True, cwd=root)
     assert out.stdout.strip() == "[]"

@@ -18,7 +18,7 @@ META, REASONING = Role.META_THINKING, Role.REASONING
 
 
 def rules(**changes) -> DialogueRules:
-    settings = dict(max_rounds=3, max_turn_tokens=100, max_episode_tokens=1000, max_context_tokens=1000)
+    settings = {"max_rounds": 3, "max_turn_tokens": 100, "max_episode_tokens": 1000, "max_context_tokens": 1000}
     return DialogueRules(**{**settings, "system_prompts": {META: "You plan.", REASONING: "You solve."}, **changes})
 
 
@@ -153,7 +153,7 @@ def test_seeds_differ_by_turn_and_episode_and_step_but_not_by_who_plays():
     assert turn_seed(1, 0, "p0", 0, 0) == 193532800  # pinned: a change of the hash would change every run
 
     starts = starts_of([PROMPT, Prompt("p1", "Why?", "x")], 2)
-    all_at_once = [r for r in scheduler(rules(), starts).next_requests()]
+    all_at_once = scheduler(rules(), starts).next_requests()
     by_ranks = [r for rank in range(2) for r in scheduler(rules(), starts[rank::2]).next_requests()]
     assert sorted(all_at_once, key=lambda r: r.request_id) == sorted(by_ranks, key=lambda r: r.request_id)
 
@@ -209,10 +209,11 @@ def test_two_runs_with_different_latencies_give_identical_episodes():
 
 
 def test_a_finished_turn_is_followed_at_once_while_slow_dialogues_still_run():
-    engine = ScriptedEngine(lambda r: (CHAT.encode_message("Go. [FINISH]"), StopReason.STOP), latency=lambda r: 50 if "slow" in r.request_id else 1)
+    answer = (CHAT.encode_message("Go. [FINISH]"), StopReason.STOP)
+    engine = ScriptedEngine(lambda request: answer, latency=lambda request: 50 if "slow" in request.request_id else 1)
     ended_at = {}
-    play(scheduler(rules(), [(Prompt("slow", "?", "1"), 0), (PROMPT, 0)]), {"policy": engine},
-         lambda e: ended_at.setdefault(e.prompt.prompt_id, engine.counters.num_steps))  # fmt: skip
+    starts = [(Prompt("slow", "?", "1"), 0), (PROMPT, 0)]
+    play(scheduler(rules(), starts), {"policy": engine}, lambda e: ended_at.update({e.prompt.prompt_id: engine.counters.num_steps}))
     assert ended_at == {"p0": 2, "slow": 100}  # a barrier between turns would end p0 at step 51
 
 
@@ -230,11 +231,11 @@ def test_an_engine_that_loses_a_request_or_a_missing_engine_is_an_error():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(roles=(META,)), "roles must be"),
-        (dict(max_rounds=0), "max_rounds must be at least 1, got 0"),
-        (dict(finish_marker=" "), "finish_marker must hold text"),
-        (dict(reasoner_template="{question}"), r"must hold \{instruction\}"),
-        (dict(top_p=0.0), "top_p"),
+        ({"roles": (META,)}, "roles must be"),
+        ({"max_rounds": 0}, "max_rounds must be at least 1, got 0"),
+        ({"finish_marker": " "}, "finish_marker must hold text"),
+        ({"reasoner_template": "{question}"}, r"must hold \{instruction\}"),
+        ({"top_p": 0.0}, "top_p"),
     ],
 )
 def test_impossible_rules_are_errors_that_name_the_field(changes, message):

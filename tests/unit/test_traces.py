@@ -19,8 +19,9 @@ CHATS = {kind: ChatFormat(tiny_tokenizer(kind)) for kind in KINDS}
 
 
 def rules(**changes) -> DialogueRules:
-    limits = dict(max_rounds=4, max_turn_tokens=40, max_episode_tokens=200, max_context_tokens=600, end_on_truncated_turn=False)
-    return DialogueRules(**{**limits, "system_prompts": {META: "You plan <|im_end|>.", REASONING: ""}, **changes})
+    limits = {"max_rounds": 4, "max_turn_tokens": 40, "max_episode_tokens": 200, "max_context_tokens": 600}
+    prompts = {META: "You plan <|im_end|>.", REASONING: ""}
+    return DialogueRules(**{**limits, "end_on_truncated_turn": False, "system_prompts": prompts, **changes})
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,40 @@
+"""A whole tiny task on disk: problems, dialogues, a random model with a tokenizer. Small enough to train for a few steps in a test."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.tiny_models import save_tiny_model
+from tests.unit.tiny_tokenizer import tiny_tokenizer
+
+
+def save_tiny_task(folder: Path) -> list[str]:
+    """Writes the task below ``folder``; returns the overrides that make any front door use it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    problems = [{"question": f"{a} + {b}", "answer": str(a + b), "level": 1} for a in range(6) for b in range(6)]
+    _write(folder / "train.jsonl", problems)
+    _write(folder / "heldout.jsonl", problems[:6])
+    turns = [{"role": "meta_thinking", "text": "add [FINISH]"}]
+    _write(folder / "dialogues.jsonl", [{**p, "turns": [*turns, {"role": "reasoning", "text": f"\\boxed{{{p['answer']}}}"}]} for p in problems])
+    save_tiny_model(folder / "model", tokenizer=tiny_tokenizer("chatml"))
+    return [
+        f"task.train_file={folder}/train.jsonl",
+        f"task.evaluation_files={{heldout:{folder}/heldout.jsonl}}",
+        f"task.cold_start_file={folder}/dialogues.jsonl",
+        f"model.path={folder}/model",
+        "model.dtype=float32",
+        "rollout.prompts_per_step=4",
+        "rollout.episodes_per_prompt=4",
+        "rollout.max_rounds=2",
+        "rollout.max_turn_tokens=8",
+        "rollout.max_context_tokens=256",
+        "trainer.microbatch_tokens=1024",
+        "trainer.evaluation_samples=1",
+        "engine.max_num_seqs=16",
+        "engine.kv_cache_mib=16",
+    ]
+
+
+def _write(file: Path, rows: list[dict]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))

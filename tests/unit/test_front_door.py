@@ -1,0 +1,119 @@
+"""The command line before any model: composition, help, and bad input that ends with one message and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.tiny_task import save_tiny_task
+
+
+def run(*arguments: str, door: str = "train", **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([sys.executable, "-m", f"megatron_rema.{door}", *arguments], capture_output=True, text=True, env=env, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return save_tiny_task(tmp_path_factory.mktemp("task"))
+
+
+def test_importing_the_configuration_leaves_torch_and_vllm_out():
+    code = "import sys, megatron_rema.config, megatron_rema.train; print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("door", ["train", "sft", "evaluate"])
+def test_help_lists_every_config_group_without_loading_torch(door):
+    begin = time.perf_counter()
+    result = run("--help", door=door)
+    seconds = time.perf_counter() - begin
+    assert result.returncode == 0
+    for group in ("agents", "algorithm", "engine", "experiment", "model", "optimizer", "parallel", "reward", "rollout", "task", "trainer"):
+        assert f"{group}: " in result.stdout, group
+    assert "cannot" not in result.stderr
+    assert seconds < 10, seconds  # 0.4 s on a quiet machine; torch alone would add seconds. The figure itself is benchmarked, not tested
+
+
+BAD_INPUT = {  # name: (overrides, environment, what the message must hold)
+    "unknown key": (["rollout.rounds=3"], {}, ["rollout.rounds"]),
+    "unknown group option": (["agents=three"], {}, ["agents/three", "shared"]),
+    "not a number": (["parallel.tensor=two"], {}, ["parallel.tensor", "two", "integer"]),
+    "out of range": (["rollout.prompts_per_step=0"], {}, ["rollout.prompts_per_step", "0", "greater than or equal to 1"]),
+    "not a choice": (["algorithm.aggregation=sum"], {}, ["algorithm.aggregation", "sum", "turn"]),
+    "unset value": (["model=hf"], {}, ["model.path", "not set"]),
+    "world size that does not fit": (["parallel.tensor=2"], {}, ["parallel.tensor (2)", "world_size (1)", "torchrun"]),
+    "tensor that does not divide the heads": (["parallel.tensor=3"], {"WORLD_SIZE": "3", "RANK": "0"}, ["parallel.tensor (3)", "heads (4)"]),
+    "pipeline that does not divide the layers": (
+        ["parallel.pipeline=3"], {"WORLD_SIZE": "3", "RANK": "0"}, ["parallel.pipeline (3)", "num_hidden_layers (2)"],
+    ),
+    "missing model folder": (["model.path=nowhere"], {}, ["model.path", "nowhere", "no such folder"]),
+    "missing data file": (["task.train_file=nowhere.jsonl"], {}, ["task.train_file", "nowhere.jsonl"]),
+    "group of one": (["rollout.episodes_per_prompt=1"], {}, ["rollout.episodes_per_prompt", "at least 2"]),
+    "role without a policy": (["~agents.policies.shared", "+agents.policies.a={roles:[meta_thinking]}"], {}, ["no policy", "reasoning"]),
+    "microbatch below the context": (["trainer.microbatch_tokens=100"], {}, ["trainer.microbatch_tokens (100)", "rollout.max_context_tokens (256)"]),
+    "k1 as a loss": (["algorithm.kl_coef=0.1", "algorithm.kl_estimator=k1"], {}, ["algorithm.kl_estimator", "k1"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_stops_with_field_value_rule_and_exit_code_2(case, task, tmp_path):
+    overrides, environment, words = BAD_INPUT[case]
+    result = run(*task, f"run_dir={tmp_path}/run", *overrides, **environment)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    for word in words:
+        assert word in result.stderr, (word, result.stderr)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_row_without_an_answer_is_named_by_file_line_and_field(task, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question": "1 + 1", "answer": "2"}\n{"question": "1 + 2"}\n')
+    result = run(*task, f"task.train_file={bad}", f"run_dir={tmp_path}/run")
+    assert result.returncode == 2
+    for word in (str(bad), "line 2", "'answer'"):
+        assert word in result.stderr, result.stderr
+
+
+def test_a_model_folder_without_tokenizer_is_refused(task, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    source = next(o for o in task if o.startswith("model.path=")).removeprefix("model.path=")
+    (folder / "config.json").write_text(open(f"{source}/config.json").read())
+    result = run(*task, f"model.path={folder}", f"run_dir={tmp_path}/run")
+    assert result.returncode == 2 and "tokenizer.json" in result.stderr, result.stderr
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(task, tmp_path):
+    import json
+    import shutil
+
+    source = next(o for o in task if o.startswith("model.path=")).removeprefix("model.path=")
+    shutil.copytree(source, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
+    result = run(*task, f"model.path={tmp_path}/model", f"run_dir={tmp_path}/run")
+    assert result.returncode == 2, result.stderr
+    assert "shape" in result.stderr and "error: " in result.stderr, result.stderr
+
+
+def test_an_existing_run_is_never_overwritten(task, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    result = run(*task, f"run_dir={tmp_path}/run")
+    assert result.returncode == 2 and "resume=true" in result.stderr, result.stderr
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "{}\n"
+
+
+def test_saved_responses_are_scored_without_a_model(tmp_path):
+    rows = [("\\boxed{4}", "4"), ("so \\boxed{5}", "4"), ("4", "4"), ("\\boxed{\\frac{1}{2}}", "0.5")]
+    file = tmp_path / "responses.jsonl"
+    file.write_text("".join('{"question": "q", "answer": "%s", "response": "%s"}\n' % (a, r.replace("\\", "\\\\")) for r, a in rows))
+    result = run(f"score_file={file}", door="evaluate")
+    # right: 4 and 1/2 = 0.5; wrong: 5, and 4 without a box -> 2 of 4
+    assert result.returncode == 0 and result.stdout.startswith("accuracy: 0.500 (4 scored, 0 unknown)"), result.stdout + result.stderr
