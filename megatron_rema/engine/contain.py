@@ -11,6 +11,7 @@ import inspect
 import logging
 import os
 import random
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from importlib import metadata
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 SUPPORTED = "0.32"
 
@@ -112,7 +114,7 @@ def contained() -> Iterator[None]:
 
 
 def tame() -> None:
-    """Replace the private functions that assume a process of their own. May be called again; changes nothing then."""
+    """Replace the private functions that assume a process of their own. Collective the first time, inert after that."""
     import vllm.v1.engine.core as core
     from vllm.platforms import current_platform
 
@@ -127,7 +129,7 @@ def tame() -> None:
 
     # The shared-memory name is a constant: a second job, or one after a crash, would find it taken (errno 17).
     shm = communicator._CPUSHMDistributed
-    if not hasattr(shm.make_group_name, "of_this_job"):
+    if not hasattr(shm.make_group_name, "job"):
         shm.make_group_name = staticmethod(_name_of_this_job(shm.make_group_name))
 
     # It would bind all memory of the process, the trainer's included, to the first NUMA node.
@@ -148,8 +150,20 @@ def register_in_process(architectures: list[str]) -> None:
             ModelRegistry.register_model(name, model.load_model_cls())
 
 
+def close_core(engine_core, *, is_last: bool) -> None:
+    """Shut one engine down. With the last engine of the process vLLM's own groups go too; the trainer's stay."""
+    from vllm.distributed import parallel_state
+
+    engine_core.shutdown()
+    if is_last:
+        parallel_state.destroy_model_parallel()
+        if parallel_state._WORLD is not None:
+            parallel_state._WORLD.destroy()
+            parallel_state._WORLD = None
+
+
 def _leave_groups_alone(*args: object, **kwargs: object) -> None:
-    """The trainer owns the process groups and destroys them last."""
+    """In place of vLLM's clean-up: see ``close_core``."""
 
 
 def _leave_memory_alone(nodes: list[int]) -> None:
@@ -157,9 +171,12 @@ def _leave_memory_alone(nodes: list[int]) -> None:
 
 
 def _name_of_this_job(make_group_name):
-    def name(comm) -> str:
-        job = f"{os.environ.get('TORCHELASTIC_RUN_ID', 'job')}-{os.environ.get('MASTER_PORT', os.getppid())}"
-        return job + make_group_name(comm).replace("/", "")
+    """Every name begins with one random token, the same on all ranks (a broadcast over the default group)."""
+    token = [uuid.uuid4().hex[:12]]
+    dist.broadcast_object_list(token, src=0)
 
-    name.of_this_job = True
+    def name(comm) -> str:
+        return f"{token[0]}-{make_group_name(comm).replace('/', '')}"
+
+    name.job = token[0]
     return name

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from megatron_rema.engine.contain import contained, kept_rng, prepare_environment, register_in_process, require_vllm, tame
+from megatron_rema.engine.contain import close_core, contained, kept_rng, prepare_environment, register_in_process, require_vllm, tame
 from megatron_rema.engine.contract import EngineCounters, check_request, checkpoint_names, complete
 from megatron_rema.types import Completion, StopReason, TurnRequest
 
@@ -28,12 +28,14 @@ _STOP_REASONS = {"stop": StopReason.STOP, "length": StopReason.LENGTH, "abort": 
 
 
 class VllmEngine:
-    """The ``Engine`` protocol on vLLM. Needs an initialised default process group; collective over the ranks of one engine.
+    """The ``Engine`` protocol on vLLM. Needs an initialised default process group, all of whose ranks start and close engines together.
 
     ``kv_cache_gib`` is memory per rank for keys and values; it must hold at least one sequence of ``max_model_len``.
     Log-probabilities are those of the sampling distribution (temperature and top_p applied); at temperature 0, those of
     the untempered policy. A turn ends on the request's own ``stop_token_ids`` only: the model's end-of-sequence is ignored.
     """
+
+    _num_alive = 0  # engines of this process, which share vLLM's process groups
 
     def __init__(
         self,
@@ -94,6 +96,7 @@ class VllmEngine:
                 use_tqdm_on_load=False,
             )
             self._engine = LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
+        VllmEngine._num_alive += 1
 
     @property
     def weight_version(self) -> int:
@@ -185,11 +188,12 @@ class VllmEngine:
             self._engine.wake_up()
 
     def close(self) -> None:
-        """Free this engine. The process groups stay: the trainer destroys them last, after every engine is closed."""
+        """Free this engine. The trainer's process groups stay: it destroys them last, after every engine is closed."""
         if self._engine is not None:
             engine, self._engine = self._engine, None
             self._unfinished.clear()
-            engine.engine_core.shutdown()
+            VllmEngine._num_alive -= 1
+            close_core(engine.engine_core, is_last=VllmEngine._num_alive == 0)
 
     def _check_usable(self) -> None:
         assert self._engine is not None, "the engine is closed"

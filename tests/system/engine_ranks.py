@@ -39,6 +39,9 @@ def main(old: str, new: str, out: str) -> None:
     engines[0].close()
     play(engines[1], paths[1])
     engines[1].close()
+    last = build_engine("vllm", paths[0], tensor=1, **shape)  # no engine is left, so another size may start
+    play(last, paths[0])
+    last.close()
     value = torch.ones(1)
     dist.all_reduce(value)
     seen = {"gap": max(gaps), "tokens": tokens, "refusal": refusal, "sum_after_close": value.item()}

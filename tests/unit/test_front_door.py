@@ -45,7 +45,7 @@ BAD_INPUT = {  # name: (overrides, environment, what the message must hold)
     "not a number": (["parallel.tensor=two"], {}, ["parallel.tensor", "two", "integer"]),
     "out of range": (["rollout.prompts_per_step=0"], {}, ["rollout.prompts_per_step", "0", "greater than or equal to 1"]),
     "not a choice": (["algorithm.aggregation=sum"], {}, ["algorithm.aggregation", "sum", "turn"]),
-    "unset value": (["model=hf"], {}, ["model.path", "not set"]),
+    "unset value": (["task.train_file=???"], {}, ["task.train_file", "not set"]),
     "world size that does not fit": (["parallel.tensor=2"], {}, ["parallel.tensor (2)", "world_size (1)", "torchrun"]),
     "tensor that does not divide the heads": (["parallel.tensor=3"], {"WORLD_SIZE": "3", "RANK": "0"}, ["parallel.tensor (3)", "heads (4)"]),
     "pipeline that does not divide the layers": (
