@@ -16,7 +16,9 @@ def save_tiny_task(folder: Path) -> list[str]:
     _write(folder / "train.jsonl", problems)
     _write(folder / "heldout.jsonl", problems[:6])
     turns = [{"role": "meta_thinking", "text": "add [FINISH]"}]
-    _write(folder / "dialogues.jsonl", [{**p, "turns": [*turns, {"role": "reasoning", "text": f"\\boxed{{{p['answer']}}}"}]} for p in problems])
+    _write(
+        folder / "dialogues.jsonl", [{**p, "turns": [*turns, {"role": "reasoning", "text": f"\\boxed{{{p['answer']}}}"}]} for p in problems]
+    )
     save_tiny_model(folder / "model", tokenizer=tiny_tokenizer("chatml"))
     return [
         f"task.train_file={folder}/train.jsonl",

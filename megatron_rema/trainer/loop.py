@@ -80,7 +80,9 @@ def train(config: RunConfig, inputs: Inputs) -> None:
         explain(config, reporter)
         groups = build_groups(tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
         total_steps = config.trainer.steps * config.trainer.minibatches_per_step
-        policies = build_policies(config, inputs.architectures, groups, total_steps=max(total_steps, 1), with_reference=config.algorithm.kl_coef > 0)
+        policies = build_policies(
+            config, inputs.architectures, groups, total_steps=max(total_steps, 1), with_reference=config.algorithm.kl_coef > 0
+        )
         position = state.restore(config, policies, folder)
         if position.step:
             reporter.say(f"resumed at step {position.step}")
@@ -146,9 +148,7 @@ def step(study: Study) -> dict[str, float]:
         step=position.step,
         reporter=reporter,
     )
-    assigned = assign(
-        episodes, judgements, scheme=config.reward.scheme, mask_unfinished_reward=config.reward.mask_unfinished_reward
-    )
+    assigned = assign(episodes, judgements, scheme=config.reward.scheme, mask_unfinished_reward=config.reward.mask_unfinished_reward)
     assign_advantages(assigned.scored, config.roles, config.algorithm)
 
     metrics: dict[str, float] = {}
@@ -293,8 +293,12 @@ def alarm(study: Study, metrics: Mapping[str, float]) -> None:
     threshold = study.config.engine.logprob_gap_alarm
     for name, value in metrics.items():
         if name.endswith("logprob_gap_max") and not value <= threshold:
-            study.folder.alert({"step": study.position.step, "alert": "logprob_gap", "metric": name, "value": value, "threshold": threshold})
-            study.reporter.say(f"ALERT step {study.position.step}: {name} is {value:.4g} nats, above engine.logprob_gap_alarm={threshold:g}")
+            study.folder.alert(
+                {"step": study.position.step, "alert": "logprob_gap", "metric": name, "value": value, "threshold": threshold}
+            )
+            study.reporter.say(
+                f"ALERT step {study.position.step}: {name} is {value:.4g} nats, above engine.logprob_gap_alarm={threshold:g}"
+            )
 
 
 def finish(study: Study) -> None:

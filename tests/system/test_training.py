@@ -20,7 +20,11 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "
 
 
 def command(door: str, ranks: int, *overrides: str) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else [sys.executable, "-m"]
+    launcher = (
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+        if ranks > 1
+        else [sys.executable, "-m"]
+    )
     return [*launcher, f"megatron_rema.{door}", *overrides]
 
 
@@ -46,12 +50,21 @@ def task(tmp_path_factory) -> list[str]:
 
 
 def test_a_killed_run_resumes_and_its_next_steps_are_those_of_the_uninterrupted_run(task, tmp_path):
-    settings = [*task, "parallel.tensor=2", "trainer.steps=4", "trainer.checkpoint_every=1", "trainer.evaluation_problems=2", "trainer.save_hf=false"]
+    settings = [
+        *task,
+        "parallel.tensor=2",
+        "trainer.steps=4",
+        "trainer.checkpoint_every=1",
+        "trainer.evaluation_problems=2",
+        "trainer.save_hf=false",
+    ]
     run("train", 2, *settings, f"run_dir={tmp_path}/whole")
     whole = rows(tmp_path / "whole" / "metrics.jsonl")
 
     killed = tmp_path / "killed"
-    process = subprocess.Popen(command("train", 2, *settings, f"run_dir={killed}"), env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command("train", 2, *settings, f"run_dir={killed}"), env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 200
     while not (killed / "checkpoints" / "step_000002" / "state.json").exists():
         assert process.poll() is None and time.monotonic() < deadline, "the run ended or hung before its second checkpoint"

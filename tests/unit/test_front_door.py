@@ -23,7 +23,9 @@ def task(tmp_path_factory):
 
 
 def test_importing_the_configuration_leaves_torch_and_vllm_out():
-    code = "import sys, megatron_rema.config, megatron_rema.train; print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])"
+    code = (
+        "import sys, megatron_rema.config, megatron_rema.train; print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

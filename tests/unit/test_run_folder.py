@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from megatron_rema.trainer.run_folder import RunFolder
 
 
