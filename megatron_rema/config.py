@@ -287,8 +287,8 @@ def _check_budgets(config: RunConfig) -> None:
         )
     if rollout.top_p < 1 or rollout.temperature == 0:
         raise ConfigError(
-            f"rollout.top_p ({rollout.top_p}) < 1 or rollout.temperature ({rollout.temperature}) = 0: the sampled distribution would not be "
-            "the trained one; train with top_p=1 and temperature > 0 (trainer.evaluation_temperature may be 0)."
+            f"rollout.top_p ({rollout.top_p}) < 1 or rollout.temperature ({rollout.temperature}) = 0: the sampled distribution would not "
+            "be the trained one; train with top_p=1 and temperature > 0 (trainer.evaluation_temperature may be 0)."
         )
     if rollout.episodes_per_prompt < 2 and config.algorithm.advantage in ("grpo", "dr_grpo", "rloo"):
         raise ConfigError(

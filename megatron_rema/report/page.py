@@ -155,7 +155,8 @@ def evaluations_html(run: Run) -> str:
         "temperature",
         "accuracy by level",
     )
-    return _table(header, rows)
+    filled = [index for index in range(len(header)) if any(row[index] not in ("", "no interval") for row in rows)]
+    return _table([header[index] for index in filled], [[row[index] for index in filled] for row in rows])
 
 
 def alerts_html(alerts: Sequence[Row]) -> str:

@@ -33,7 +33,7 @@ PHASES = {
     "sync": "sync/sync_s",
 }
 FEW = 40  # up to so many steps, points get markers and stacks are bars
-PANEL_INCHES = (5.4, 3.1)
+WIDTH_INCHES, ROW_INCHES = 11.6, 2.9
 
 
 def write_plots(run_dir: str | Path) -> list[Path]:
@@ -169,6 +169,7 @@ def _lines(
             axes.legend()
         if log and all(value > 0 for series in drawn.values() for value in series.values):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
         _name(axes, title, unit)
 
     return draw
@@ -190,7 +191,7 @@ def _stack(title: str, unit: str, parts: Mapping[str, Series | None], colors: Ma
             for label, row, color in zip(drawn, rows, shades, strict=True):
                 axes.bar(steps, row, bottom=bottom, width=0.9, label=label, color=color)
                 bottom = [b + r for b, r in zip(bottom, row, strict=True)]
-        axes.legend()
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), reverse=True)  # beside the stack, in its order
         _name(axes, title, unit)
 
     return draw
@@ -251,12 +252,13 @@ def _write_figure(panels: Sequence[Panel], file: Path) -> None:
         "legend.frameon": False,
         "legend.fontsize": 8,
     }
-    num_columns = min(2, len(panels))
+    num_columns = min(3, len(panels))
     num_rows = math.ceil(len(panels) / num_columns)
+    width = WIDTH_INCHES if num_columns > 1 else WIDTH_INCHES / 2
     with matplotlib.rc_context(look):
-        figure = Figure(figsize=(PANEL_INCHES[0] * num_columns, PANEL_INCHES[1] * num_rows), dpi=110, layout="constrained")
+        figure = Figure(figsize=(width, ROW_INCHES * num_rows), dpi=110, layout="constrained")
         for index, panel in enumerate(panels):
             axes = figure.add_subplot(num_rows, num_columns, index + 1)
             panel(axes)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
         figure.savefig(file, format="png")

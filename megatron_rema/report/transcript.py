@@ -131,7 +131,7 @@ def episode_html(step: int, episode: Episode, shader: Shader) -> str:
 <div class="problem"><b>Question</b><div class="text">{escape(episode.prompt.question)}</div>
 <b>Gold answer</b><div class="text">{escape(episode.prompt.answer)}</div></div>
 {turns}
-<p class="score">{score}<span>{escape(episode.episode_id)}</span></p>
+<p class="score">{score}<span>episode {escape(episode.episode_id)}</span></p>
 </details>"""
 
 
@@ -144,7 +144,7 @@ def _turn_html(episode: Episode, index: int, shader: Shader) -> str:
     for name, by_role in (("reward", episode.turn_rewards), ("advantage", episode.advantages)):
         values = by_role.get(turn.role, [])
         if place < len(values):
-            facts.append(f"{name} {values[place]:+.3g}")
+            facts.append(f"{name} {values[place]:.3g}")
     return f"""<div class="turn {turn.role}" data-role="{turn.role}">
 <div class="who"><b>{ROLE_NAMES[turn.role]}</b> {escape(", ".join(facts))}</div>
 {shader.html(turn)}

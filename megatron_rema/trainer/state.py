@@ -79,8 +79,8 @@ def load(path: Path, policies: Mapping[str, Policy]) -> Position:
         if differing:
             key = differing[0]
             raise ValueError(
-                f"checkpoint {path}, policy {name}: {key} is {kept[name].get(key)}, model.path has {architecture[key]}; a checkpoint continues "
-                "with its own architecture only: set model.path to the model it was trained from, or choose another run_dir."
+                f"checkpoint {path}, policy {name}: {key} is {kept[name].get(key)}, model.path has {architecture[key]}; a checkpoint "
+                "continues with its own architecture only: set model.path to the model it was trained from, or choose another run_dir."
             )
     for name, policy in policies.items():
         restored = dist_checkpointing.load(_sharded(policy, is_loading=True), str(path / name))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +44,7 @@ def test_help_lists_every_config_group_without_loading_torch(door):
     assert seconds < 10, seconds  # 0.4 s on a quiet machine; torch alone would add seconds. The figure itself is benchmarked, not tested
 
 
+WORLD_OF_3 = {"WORLD_SIZE": "3", "RANK": "0"}
 BAD_INPUT = {  # name: (overrides, environment, what the message must hold)
     "unknown key": (["rollout.rounds=3"], {}, ["rollout.rounds"]),
     "unknown group option": (["agents=three"], {}, ["agents/three", "shared"]),
@@ -49,15 +53,15 @@ BAD_INPUT = {  # name: (overrides, environment, what the message must hold)
     "not a choice": (["algorithm.aggregation=sum"], {}, ["algorithm.aggregation", "sum", "turn"]),
     "unset value": (["task.train_file=???"], {}, ["task.train_file", "not set"]),
     "world size that does not fit": (["parallel.tensor=2"], {}, ["parallel.tensor (2)", "world_size (1)", "torchrun"]),
-    "tensor that does not divide the heads": (["parallel.tensor=3"], {"WORLD_SIZE": "3", "RANK": "0"}, ["parallel.tensor (3)", "heads (4)"]),
+    "tensor that does not divide the heads": (["parallel.tensor=3"], WORLD_OF_3, ["parallel.tensor (3)", "heads (4)"]),
     "pipeline that does not divide the layers": (
-        ["parallel.pipeline=3"], {"WORLD_SIZE": "3", "RANK": "0"}, ["parallel.pipeline (3)", "num_hidden_layers (2)"],
+        ["parallel.pipeline=3"], WORLD_OF_3, ["parallel.pipeline (3)", "num_hidden_layers (2)"],
     ),
     "missing model folder": (["model.path=nowhere"], {}, ["model.path", "nowhere", "no such folder"]),
     "missing data file": (["task.train_file=nowhere.jsonl"], {}, ["task.train_file", "nowhere.jsonl"]),
     "group of one": (["rollout.episodes_per_prompt=1"], {}, ["rollout.episodes_per_prompt", "at least 2"]),
     "role without a policy": (["~agents.policies.shared", "+agents.policies.a={roles:[meta_thinking]}"], {}, ["no policy", "reasoning"]),
-    "microbatch below the context": (["trainer.microbatch_tokens=100"], {}, ["trainer.microbatch_tokens (100)", "rollout.max_context_tokens (256)"]),
+    "microbatch below the context": (["trainer.microbatch_tokens=100"], {}, ["microbatch_tokens (100)", "max_context_tokens (256)"]),
     "k1 as a loss": (["algorithm.kl_coef=0.1", "algorithm.kl_estimator=k1"], {}, ["algorithm.kl_estimator", "k1"]),
 }  # fmt: skip
 
@@ -86,15 +90,12 @@ def test_a_model_folder_without_tokenizer_is_refused(task, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     source = next(o for o in task if o.startswith("model.path=")).removeprefix("model.path=")
-    (folder / "config.json").write_text(open(f"{source}/config.json").read())
+    (folder / "config.json").write_text(Path(source, "config.json").read_text())
     result = run(*task, f"model.path={folder}", f"run_dir={tmp_path}/run")
     assert result.returncode == 2 and "tokenizer.json" in result.stderr, result.stderr
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(task, tmp_path):
-    import json
-    import shutil
-
     source = next(o for o in task if o.startswith("model.path=")).removeprefix("model.path=")
     shutil.copytree(source, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -115,7 +116,7 @@ def test_an_existing_run_is_never_overwritten(task, tmp_path):
 def test_saved_responses_are_scored_without_a_model(tmp_path):
     rows = [("\\boxed{4}", "4"), ("so \\boxed{5}", "4"), ("4", "4"), ("\\boxed{\\frac{1}{2}}", "0.5")]
     file = tmp_path / "responses.jsonl"
-    file.write_text("".join('{"question": "q", "answer": "%s", "response": "%s"}\n' % (a, r.replace("\\", "\\\\")) for r, a in rows))
+    file.write_text("".join(json.dumps({"question": "q", "answer": answer, "response": said}) + "\n" for said, answer in rows))
     result = run(f"score_file={file}", door="evaluate")
     # right: 4 and 1/2 = 0.5; wrong: 5, and 4 without a box -> 2 of 4
     assert result.returncode == 0 and result.stdout.startswith("accuracy: 0.500 (4 scored, 0 unknown)"), result.stdout + result.stderr

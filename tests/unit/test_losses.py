@@ -243,7 +243,7 @@ def test_a_batch_with_no_trained_token_has_loss_zero_and_gradient_zero(aggregati
     loss.backward()
     assert loss.item() == 0.0
     assert logprobs_T.grad.tolist() == [0.0] * 4
-    assert set(v.item() for v in stats.as_dict().values()) == {0.0}
+    assert {v.item() for v in stats.as_dict().values()} == {0.0}
     assert set(PolicyLossStats.means({k: v.item() for k, v in stats.as_dict().items()}, level=level).values()) == {0.0}
 
 

@@ -303,7 +303,7 @@ def test_an_evaluation_alone_is_reported(tmp_path):
     write_lines(tmp_path / "evaluations.jsonl", [{"step": 0, "set": "a$b_$", "accuracy": 0.5}])  # a name that is no formula
     page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
     assert len(page.of_class("plot")) == 1
-    assert "no interval" in page.text
+    assert "95% interval" not in page.text  # a column without a value is left out
 
 
 # ---- transcripts
