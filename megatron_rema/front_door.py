@@ -58,8 +58,10 @@ def enter(name: str, run: Callable[[RunConfig], None]) -> None:
             # Not sys.exit: ranks may already hold process groups whose clean-up waits for peers.
             os._exit(BAD_INPUT_EXIT_CODE)
 
-    # megatron-core says on every import that Apex and Transformer Engine are missing: on CPU they cannot be there.
+    # megatron-core says on every import that Apex and Transformer Engine are missing: on CPU they cannot be there. And its checkpoints
+    # use names that torch will rename one day.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron\.core|torch\.distributed)")
     arguments = sys.argv[1:]
     if any(argument.startswith("-") for argument in arguments):
         sys.argv[0] = name

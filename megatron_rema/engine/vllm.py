@@ -85,6 +85,9 @@ class VllmEngine:
                 block_size=block_size,
                 kv_cache_memory_bytes=int(kv_cache_gib * 2**30),  # given: no profiling run, no warm-up
                 seed=seed,
+                # A prompt prefilled in two parts makes vLLM rewind the request's seeded generator, which a CPU generator cannot do.
+                enable_chunked_prefill=not self._on_cpu,
+                max_num_batched_tokens=max(4096, max_model_len) if self._on_cpu else None,
                 enforce_eager=self._on_cpu,  # no compilation on CPU; CUDA graphs elsewhere
                 enable_prefix_caching=True,
                 async_scheduling=False,  # ranks of a group step in lockstep

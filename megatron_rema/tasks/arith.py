@@ -20,9 +20,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from megatron_rema.tasks.tokenizer import END, PAD, START, build_tokenizer, save_tokenizer
+from megatron_rema.tasks.tokenizer import build_tokenizer, save_tokenizer
 from megatron_rema.types import Prompt, Role
 
 SYSTEM_PROMPTS = {Role.META_THINKING: "Plan.", Role.REASONING: "Solve."}
@@ -39,7 +39,7 @@ WORDS = (
 )
 
 # A number, or (operator, left, right).
-Expression = int | tuple[str, "Expression", "Expression"]
+Expression: TypeAlias = "int | tuple[str, Expression, Expression]"
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,10 @@ class Imperfections:
                 raise ValueError(f"imperfections.{name} is {rate}; a probability must lie in 0..1: correct it.")
 
 
+NONE = Imperfections()
+PLANTED = Imperfections(wrong_plan=0.06, early_finish=0.06, echo=0.08, slip=0.10, missing_box=0.08)
+
+
 @dataclass(frozen=True)
 class WrittenTurns:
     """One written dialogue: texts in turn, META_THINKING first, and which imperfections it holds."""
@@ -65,3 +69,236 @@ class WrittenTurns:
     texts: tuple[str, ...]
     planted: Counter[str]  # of the fields of Imperfections
     chances: Counter[str]  # how often each could have happened
+
+
+def generate(seed: int, num: int, levels: Sequence[int], *, heldout: bool = False, subset: str = "") -> list[Prompt]:
+    """``num`` different problems, the levels in turn, all from the held-out side or all from the other. The same for the same arguments."""
+    rng = random.Random(f"{seed}/{heldout}/{subset}")  # a string seed is hashed the same everywhere
+    prompts: list[Prompt] = []
+    seen: set[str] = set()
+    while len(prompts) < num:
+        level = levels[len(prompts) % len(levels)]
+        for _ in range(2000):
+            expression = _draw_on_side(rng, level, heldout)
+            if (question := show(expression)) not in seen:
+                break
+        else:
+            raise ValueError(f"num ({num}) problems of levels {tuple(levels)}: level {level} has no more than about {len(prompts) // len(levels)}; lower num.")
+        seen.add(question)
+        prompts.append(Prompt(f"arith-{seed}-{len(prompts)}", question, str(value_of(expression)), level, subset))
+    return prompts
+
+
+def is_heldout(question: str) -> bool:
+    """One question in ten, by a hash of its text."""
+    return hashlib.blake2b(question.encode(), digest_size=8).digest()[0] % 10 == 0
+
+
+def draw(rng: random.Random, level: int) -> Expression:
+    """A random expression of ``level`` operations whose every value lies in 0..MAX_VALUE (by rejection)."""
+    if level < 1:
+        raise ValueError(f"level is {level}; it is the number of operations and must be at least 1.")
+    while True:
+        expression = _draw_tree(rng, level)
+        if value_of(expression) is not None:
+            return expression
+
+
+def show(expression: Expression) -> str:
+    """Fully parenthesised, but for the outermost pair."""
+    if isinstance(expression, int):
+        return str(expression)
+    operator, left, right = expression
+    return operator.join(str(side) if isinstance(side, int) else f"({show(side)})" for side in (left, right))
+
+
+def value_of(expression: Expression) -> int | None:
+    """None when some value on the way leaves 0..MAX_VALUE."""
+    if isinstance(expression, int):
+        return expression
+    operator, left, right = expression
+    a, b = value_of(left), value_of(right)
+    if a is None or b is None:
+        return None
+    value = OPERATIONS[operator](a, b)
+    return value if 0 <= value <= MAX_VALUE else None
+
+
+def next_operation(expression: Expression) -> Expression:
+    """The leftmost sub-expression whose two sides are numbers."""
+    _, left, right = expression
+    return next_operation(left) if isinstance(left, tuple) else next_operation(right) if isinstance(right, tuple) else expression
+
+
+def replace_next(expression: Expression, value: int) -> Expression:
+    """``expression`` with its `next_operation` replaced by ``value``."""
+    operator, left, right = expression
+    if isinstance(left, tuple):
+        return (operator, replace_next(left, value), right)
+    return (operator, left, replace_next(right, value)) if isinstance(right, tuple) else value
+
+
+def write_dialogue(rng: random.Random, expression: Expression, imperfections: Imperfections = NONE) -> WrittenTurns:
+    """A dialogue about ``expression``. After a mistake both agents go on with what was said, as they would in play.
+
+    When a mistake leaves an expression whose values would leave 0..MAX_VALUE, the meta-thinker finishes there and then.
+    """
+    planted: Counter[str] = Counter()
+    chances: Counter[str] = Counter()
+
+    def happens(name: str) -> bool:
+        chances[name] += 1
+        hit = rng.random() < getattr(imperfections, name)
+        planted[name] += hit
+        return hit
+
+    texts: list[str] = []
+    value = 0
+    while isinstance(expression, tuple) and value_of(expression) is not None:
+        if texts and happens("early_finish"):
+            break
+        operation = next_operation(expression)
+        is_last = operation is expression
+        if happens("wrong_plan"):
+            operation = _changed(rng, operation)
+        plan = show(operation)
+        if texts and not is_last:
+            plan = f"{show(expression)}:{plan}"
+        value = value_of(operation)
+        if happens("slip"):
+            value = rng.choice([near for near in (value - 1, value + 1) if 0 <= near <= MAX_VALUE])
+        texts += [plan, str(value)]
+        expression = replace_next(expression, value)
+    if happens("echo"):
+        texts += texts[-2:] * (MAX_ROUNDS - len(texts) // 2)
+    else:
+        texts += [FINISH_MARKER, str(value) if happens("missing_box") else f"\\boxed{{{value}}}"]
+    return WrittenTurns(tuple(texts), planted, chances)
+
+
+def cold_start_rows(seed: int, num: int, levels: Sequence[int], imperfections: Imperfections = NONE) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """``num`` written dialogues, the levels in turn, questions drawn with replacement from the side that is not held out; and what was planted.
+
+    Rows: {"question", "answer", "turns": [{"role", "text"}]}. The counts name, per imperfection, planted / chances.
+    """
+    rng = random.Random(f"{seed}/cold_start")
+    rows: list[dict[str, Any]] = []
+    planted: Counter[str] = Counter()
+    chances: Counter[str] = Counter()
+    num_correct = 0
+    for i in range(num):
+        expression = _draw_on_side(rng, levels[i % len(levels)], heldout=False)
+        dialogue = write_dialogue(rng, expression, imperfections)
+        planted, chances = planted + dialogue.planted, chances + dialogue.chances
+        answer = str(value_of(expression))
+        num_correct += dialogue.texts[-2:] == (FINISH_MARKER, f"\\boxed{{{answer}}}")
+        turns = [{"role": str(role), "text": text} for role, text in zip(_alternating(len(dialogue.texts)), dialogue.texts, strict=True)]
+        rows.append({"question": show(expression), "answer": answer, "turns": turns})
+    counts = {name: {"planted": planted[name], "chances": chances[name]} for name in asdict(imperfections)}
+    return rows, {"dialogues": num, "correct": num_correct, **counts}
+
+
+def model_config(vocab_size: int) -> dict[str, Any]:
+    """``config.json`` of the quickstart's model. Heads and key-value heads divide by 2 (tensor), layers by 2 (pipeline); head_dim 32."""
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": vocab_size,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "use_sliding_window": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.05,  # a narrow model trained from scratch: 0.02 takes twice the steps
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "dtype": "float32",
+    }
+
+
+def write_task(
+    out_dir: str | Path,
+    *,
+    seed: int = 0,
+    num_train: int = 2000,
+    num_heldout: int = 200,
+    num_ood: int = 200,
+    num_dialogues: int = 10000,
+    levels: Sequence[int] = (1, 2, 3),
+    ood_levels: Sequence[int] = (4, 5),
+    cold_start_levels: Sequence[int] = (1, 2, 3),
+    imperfections: Imperfections = PLANTED,
+) -> dict[str, Any]:
+    """Writes train.jsonl, heldout.jsonl, ood.jsonl, cold_start.jsonl, model/ (config and tokenizer, no weights) and manifest.json.
+
+    Returns the manifest: arguments, rows per file and level, imperfections planted. Refuses a folder that exists and is not empty.
+    """
+    out = Path(out_dir)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out_dir {out} exists and is not empty; nothing is overwritten: choose another folder or remove it.")
+    sets = {
+        "train": generate(seed, num_train, levels, subset="train"),
+        "heldout": generate(seed, num_heldout, levels, heldout=True, subset="heldout"),
+        "ood": generate(seed, num_ood, ood_levels, heldout=True, subset="ood"),
+    }
+    dialogues, counts = cold_start_rows(seed, num_dialogues, cold_start_levels, imperfections)
+    tokenizer = build_tokenizer(WORDS)
+    config = model_config(tokenizer.get_vocab_size())
+    manifest = {
+        "task": "arith",
+        "seed": seed,
+        "sets": {name: dict(sorted(Counter(f"level_{p.level}" for p in prompts).items())) for name, prompts in sets.items()},
+        "imperfections": asdict(imperfections),
+        "cold_start": counts,
+        "max_value": MAX_VALUE,
+        "vocab_size": config["vocab_size"],
+    }
+    (out / "model").mkdir(parents=True)
+    save_tokenizer(tokenizer, out / "model")
+    (out / "model" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name, prompts in sets.items():
+        rows = ({"question": p.question, "answer": p.answer, "level": p.level, "subset": p.subset} for p in prompts)
+        _write_jsonl(out / f"{name}.jsonl", rows)
+    _write_jsonl(out / "cold_start.jsonl", dialogues)
+    (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")  # last: its presence says that the folder is complete
+    return manifest
+
+
+def _draw_tree(rng: random.Random, level: int) -> Expression:
+    if level == 0:
+        return rng.randint(1, MAX_OPERAND)
+    num_left = rng.randrange(level)
+    return (rng.choice("+-*"), _draw_tree(rng, num_left), _draw_tree(rng, level - 1 - num_left))
+
+
+def _draw_on_side(rng: random.Random, level: int, heldout: bool) -> Expression:
+    while True:
+        expression = draw(rng, level)
+        if is_heldout(show(expression)) is heldout:
+            return expression
+
+
+def _changed(rng: random.Random, operation: Expression) -> Expression:
+    """``operation`` with another operator, or one operand off by one; its value stays in range."""
+    operator, a, b = operation
+    changes = [(other, a, b) for other in OPERATIONS if other != operator]
+    changes += [(operator, near, b) for near in (a - 1, a + 1)] + [(operator, a, near) for near in (b - 1, b + 1)]
+    return rng.choice([c for c in changes if 0 <= min(c[1:]) and max(c[1:]) <= MAX_VALUE and value_of(c) is not None])
+
+
+def _alternating(num_turns: int) -> list[Role]:
+    return [Role.META_THINKING, Role.REASONING] * (num_turns // 2)
+
+
+def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with path.open("w") as lines:
+        lines.writelines(json.dumps(row) + "\n" for row in rows)

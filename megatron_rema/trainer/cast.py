@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -144,13 +145,21 @@ def sync_weights(policies: Mapping[str, Policy], engines: Mapping[str, Engine], 
 
 
 def export_hf(policies: Mapping[str, Policy], folder: Path) -> list[Path]:
-    """Every policy as a Hugging Face checkpoint in ``folder``/NAME; one that is there already is left alone. A collective."""
+    """Every policy as a Hugging Face checkpoint in ``folder``/NAME. The run's own earlier export is replaced once the new one is whole.
+
+    A collective.
+    """
     written = []
+    first = dist.get_rank() == 0
     for name, policy in policies.items():
-        target = folder / name
-        box = [target.exists()]
-        dist.broadcast_object_list(box, src=0)
-        if not box[0]:
-            save_hf(policy.model.module, policy.model.arch, policy.path, target, policy.model.groups)
+        target, fresh = folder / name, folder / f".{name}.new"
+        if first:
+            shutil.rmtree(fresh, ignore_errors=True)  # left by a run that was killed
+        dist.barrier()
+        save_hf(policy.model.module, policy.model.arch, policy.path, fresh, policy.model.groups)
+        if first:
+            shutil.rmtree(target, ignore_errors=True)
+            fresh.rename(target)
         written.append(target)
+    dist.barrier()
     return written

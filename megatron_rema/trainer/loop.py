@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_rema.config import RunConfig, as_mapping
 from megatron_rema.parallel.groups import build_groups
+from megatron_rema.report.page import write_report
 from megatron_rema.reward.assign import assign, reward_metrics
 from megatron_rema.reward.behaviour import behaviour_metrics
 from megatron_rema.reward.math_verifier import VerifierPool
@@ -112,6 +113,7 @@ def run(study: Study) -> None:
     """All steps that are left, with evaluations and checkpoints in between, and the report."""
     config, position, reporter = study.config, study.position, study.reporter
     trainer = config.trainer
+    started = position.step
     sync_weights(study.policies, study.engines, position.weight_version)
     if position.step == 0:
         evaluate(study)
@@ -125,7 +127,7 @@ def run(study: Study) -> None:
                 evaluate(study)
             if last or (trainer.checkpoint_every and position.step % trainer.checkpoint_every == 0):
                 checkpoint(study)
-    if trainer.save_hf:
+    if trainer.save_hf and (started < trainer.steps or not (study.folder.path / "hf").exists()):
         for path in export_hf(study.policies, study.folder.path / "hf"):
             reporter.say(f"policy exported: {path}")
     finish(study)
@@ -304,8 +306,6 @@ def alarm(study: Study, metrics: Mapping[str, float]) -> None:
 def finish(study: Study) -> None:
     """Rank 0 prints the evaluations side by side and writes the report."""
     if study.folder.writes:
-        from megatron_rema.report.page import write_report
-
         report = write_report(study.folder.path)
         rows = study.folder.read("evaluations.jsonl")
         study.reporter.console.print(table(rows, "evaluations (sampled dialogues, finished and right)"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ class Reporter:
     """Phase, count, rate, reward and time left. Silent on every rank but the first."""
 
     def __init__(self, *, speaks: bool) -> None:
-        self.console = Console(quiet=not speaks, highlight=False, soft_wrap=True)
+        self.console = Console(quiet=not speaks, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
         self._bar: Progress | None = None
         self._steps = None
         self._phase = None

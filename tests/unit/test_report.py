@@ -387,6 +387,15 @@ def test_texts_of_a_run_are_shown_and_never_run(tmp_path):
     assert "<script>alert" not in html
 
 
+@pytest.mark.parametrize("decode", [None, lambda ids: HOSTILE])
+@pytest.mark.parametrize("logprobs", [(-1.0,), ()])  # shaded, and plain text where log-probabilities are missing
+def test_what_a_role_says_is_shown_and_never_run(decode, logprobs):
+    spoken = Turn(META, 0, (), Completion("r", (7,), logprobs, StopReason.LENGTH, 0), HOSTILE)
+    page = Page(Shader(decode).html(spoken))
+    assert page.text == HOSTILE
+    assert {tag for tag, _ in page.elements} <= {"div", "i"}
+
+
 def test_a_name_of_the_run_that_is_markup_is_escaped(tmp_path):
     run = tmp_path / "<b>run</b>"
     write_lines(run / "metrics.jsonl", [{"step": 1, "train/loss": 1.0}])
