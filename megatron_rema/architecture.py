@@ -40,6 +40,7 @@ class Architecture:
     tied: bool  # the output layer is the embedding
     max_positions: int
     eos_token_ids: tuple[int, ...]  # of config.json and generation_config.json
+    initializer_range: float = 0.02  # standard deviation of random weights, where a model starts from them
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Architecture:
@@ -83,6 +84,7 @@ class Architecture:
             qk_norm=family == "qwen3",
             tied=bool(config.get("tie_word_embeddings", False)),
             max_positions=int(config.get("max_position_embeddings", 2048)),
+            initializer_range=float(config.get("initializer_range", 0.02)),
             eos_token_ids=tuple(dict.fromkeys(_ids(config.get("eos_token_id")) + _ids(more_eos))),
         )
         if arch.num_heads % arch.num_kv_heads:

@@ -26,7 +26,7 @@ _COMPANIONS = (
     *("chat_template*", "*.tiktoken"),
 )
 # These may differ between a folder and the model that it fills: they touch neither shapes nor arithmetic.
-_FREE_FIELDS = ("max_positions", "eos_token_ids")
+_FREE_FIELDS = ("max_positions", "eos_token_ids", "initializer_range")
 
 
 class CheckpointReader:

@@ -102,8 +102,8 @@ def full_name(name: str, module: GPTModel, arch: Architecture) -> str:
 
 
 @torch.no_grad()
-def initialise(module: GPTModel, arch: Architecture, *, groups: Groups, seed: int, std: float = 0.02) -> None:
-    """Norms 1, biases 0, matrices normal(0, ``std``), those that write into the residual stream divided by sqrt(2 * layers) (GPT-2).
+def initialise(module: GPTModel, arch: Architecture, *, groups: Groups, seed: int) -> None:
+    """Norms 1, biases 0, matrices normal(0, ``arch.initializer_range``), those that write into the residual stream divided by sqrt(2 * layers) (GPT-2).
 
     Each tensor has a generator of its own, seeded by ``seed`` and its `full_name`: no layout changes a single number. The vocabulary's
     padding rows are 0.
@@ -120,6 +120,7 @@ def initialise(module: GPTModel, arch: Architecture, *, groups: Groups, seed: in
         digest = hashlib.sha256(f"{seed}/{whole_name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         writes_residual = whole_name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+        std = arch.initializer_range
         scale = std / math.sqrt(2 * arch.num_layers) if writes_residual else std
         whole = torch.zeros(size)
         whole[:rows] = torch.randn(rows, size[1], generator=generator) * scale

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from megatron_rema.tasks.tokenizer import build_tokenizer, save_tokenizer
+from megatron_rema.tasks.tokenizer import END_ID, PAD_ID, build_tokenizer, save_tokenizer
 from megatron_rema.types import Prompt, Role
 
 SYSTEM_PROMPTS = {Role.META_THINKING: "Plan.", Role.REASONING: "Solve."}
@@ -59,7 +59,8 @@ class Imperfections:
 
 
 NONE = Imperfections()
-PLANTED = Imperfections(wrong_plan=0.06, early_finish=0.06, echo=0.08, slip=0.10, missing_box=0.08)
+# Mostly habits of the dialogue, which RL unlearns in a few steps; few wrong facts, which it would have to unlearn one by one.
+PLANTED = Imperfections(wrong_plan=0.03, early_finish=0.12, echo=0.10, slip=0.03, missing_box=0.20)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def generate(seed: int, num: int, levels: Sequence[int], *, heldout: bool = Fals
             if (question := show(expression)) not in seen:
                 break
         else:
-            raise ValueError(f"num ({num}) problems of levels {tuple(levels)}: level {level} has no more than about {len(prompts) // len(levels)}; lower num.")
+            found = sum(p.level == level for p in prompts)
+            raise ValueError(f"num ({num}) different problems: level {level} has hardly more than {found}; lower num or drop the level.")
         seen.add(question)
         prompts.append(Prompt(f"arith-{seed}-{len(prompts)}", question, str(value_of(expression)), level, subset))
     return prompts
@@ -176,10 +178,12 @@ def write_dialogue(rng: random.Random, expression: Expression, imperfections: Im
     return WrittenTurns(tuple(texts), planted, chances)
 
 
-def cold_start_rows(seed: int, num: int, levels: Sequence[int], imperfections: Imperfections = NONE) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """``num`` written dialogues, the levels in turn, questions drawn with replacement from the side that is not held out; and what was planted.
+def write_dialogues(
+    seed: int, num: int, levels: Sequence[int], imperfections: Imperfections = NONE
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """``num`` rows {"question", "answer", "turns": [{"role", "text"}]}, the levels in turn; and the counts of what was planted.
 
-    Rows: {"question", "answer", "turns": [{"role", "text"}]}. The counts name, per imperfection, planted / chances.
+    Questions are drawn with replacement from the side that is not held out.
     """
     rng = random.Random(f"{seed}/cold_start")
     rows: list[dict[str, Any]] = []
@@ -199,28 +203,32 @@ def cold_start_rows(seed: int, num: int, levels: Sequence[int], imperfections: I
 
 
 def model_config(vocab_size: int) -> dict[str, Any]:
-    """``config.json`` of the quickstart's model. Heads and key-value heads divide by 2 (tensor), layers by 2 (pipeline); head_dim 32."""
+    """``config.json`` of the quickstart's model, about 0.6 M parameters. Tensor 2 x pipeline 2 divides it; vLLM on a CPU wants head_dim 32.
+
+    Qwen3 and not Qwen2: for "qwen2" transformers puts Qwen2's own pre-tokenizer, which splits every number, in place of the saved one.
+    """
     return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
         "vocab_size": vocab_size,
         "hidden_size": 128,
         "intermediate_size": 256,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        "head_dim": 32,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
         "hidden_act": "silu",
         "max_position_embeddings": 1024,
         "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "use_sliding_window": False,
-        "attention_dropout": 0.0,
         "tie_word_embeddings": True,
-        "initializer_range": 0.05,  # a narrow model trained from scratch: 0.02 takes twice the steps
+        "initializer_range": 0.05,  # a narrow model: 0.02 takes more than twice the steps
         "bos_token_id": None,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
+        "eos_token_id": END_ID,
+        "pad_token_id": PAD_ID,
         "dtype": "float32",
     }
 
@@ -250,7 +258,7 @@ def write_task(
         "heldout": generate(seed, num_heldout, levels, heldout=True, subset="heldout"),
         "ood": generate(seed, num_ood, ood_levels, heldout=True, subset="ood"),
     }
-    dialogues, counts = cold_start_rows(seed, num_dialogues, cold_start_levels, imperfections)
+    dialogues, counts = write_dialogues(seed, num_dialogues, cold_start_levels, imperfections)
     tokenizer = build_tokenizer(WORDS)
     config = model_config(tokenizer.get_vocab_size())
     manifest = {
@@ -292,7 +300,7 @@ def _changed(rng: random.Random, operation: Expression) -> Expression:
     operator, a, b = operation
     changes = [(other, a, b) for other in OPERATIONS if other != operator]
     changes += [(operator, near, b) for near in (a - 1, a + 1)] + [(operator, a, near) for near in (b - 1, b + 1)]
-    return rng.choice([c for c in changes if 0 <= min(c[1:]) and max(c[1:]) <= MAX_VALUE and value_of(c) is not None])
+    return rng.choice([c for c in changes if min(c[1:]) >= 0 and max(c[1:]) <= MAX_VALUE and value_of(c) is not None])
 
 
 def _alternating(num_turns: int) -> list[Role]:

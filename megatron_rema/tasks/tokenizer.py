@@ -13,7 +13,8 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2
+PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+PAD_ID, END_ID = 0, 2  # as build_tokenizer numbers them
 
 
 def build_tokenizer(words: Sequence[str]) -> Any:
@@ -39,7 +40,7 @@ def build_tokenizer(words: Sequence[str]) -> Any:
     for word in words:
         tokens = tokenizer.encode(word, add_special_tokens=False).tokens
         if len(tokens) != 1:
-            raise ValueError(f"word {word!r} is encoded as {tokens}, not as one token: an earlier word's merges tear it apart; reorder the words.")
+            raise ValueError(f"word {word!r} is encoded as {tokens}, not as one token: earlier words tear it apart; reorder the words.")
     return tokenizer
 
 

@@ -14,6 +14,7 @@ from megatron_rema.config import ConfigError, RunConfig, as_mapping
 from megatron_rema.parallel.groups import build_groups
 from megatron_rema.parallel.pipeline import forward_backward, reduce_stats
 from megatron_rema.parallel.vocab import vocab_parallel_logprobs_and_entropy
+from megatron_rema.report.page import write_report
 from megatron_rema.rollout.traces import traces_of_dialogue
 from megatron_rema.trainer import state
 from megatron_rema.trainer.cast import Policy, build_policies, chat_format, dialogue_rules, export_hf, process_group
@@ -68,6 +69,9 @@ def train(config: RunConfig, inputs: Inputs) -> None:
         if config.trainer.save_hf:
             for path in export_hf(policies, folder.path / "hf"):
                 reporter.say(f"policy exported: {path}")
+        if first:
+            reporter.say(f"report: {write_report(folder.path)}")
+        dist.barrier()
 
 
 def _draw(dialogues: Sequence[list[Trace]], count: int, taken: int, seed: int) -> list[list[Trace]]:
