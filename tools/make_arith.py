@@ -1,6 +1,6 @@
 """Writes the arith task: problems, cold-start dialogues with planted imperfections, and a model folder with config and tokenizer.
 
-    python tools/make_arith.py data/arith
+python tools/make_arith.py data/arith
 """
 
 import argparse
@@ -19,9 +19,9 @@ def main() -> None:
     parser.add_argument("--num-heldout", type=int, default=200, help="problems of the same levels that no other file holds")
     parser.add_argument("--num-ood", type=int, default=200, help="harder problems")
     parser.add_argument("--num-dialogues", type=int, default=10000, help="written dialogues of the cold start")
-    parser.add_argument("--levels", type=int, nargs="+", default=[1, 2, 3], help="operations per problem, train and held-out")
-    parser.add_argument("--ood-levels", type=int, nargs="+", default=[4, 5])
-    parser.add_argument("--cold-start-levels", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--levels", type=int, nargs="+", default=[2, 3], help="operations per problem, train and held-out")
+    parser.add_argument("--ood-levels", type=int, nargs="+", default=[4, 5], help="operations per harder problem")
+    parser.add_argument("--cold-start-levels", type=int, nargs="+", default=[1, 2, 3], help="operations per written dialogue")
     for name, rate in asdict(PLANTED).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=rate, help="rate of this planted imperfection")
     arguments = vars(parser.parse_args())

@@ -74,6 +74,8 @@ class WrittenTurns:
 
 def generate(seed: int, num: int, levels: Sequence[int], *, heldout: bool = False, subset: str = "") -> list[Prompt]:
     """``num`` different problems, the levels in turn, all from the held-out side or all from the other. The same for the same arguments."""
+    if not levels:
+        raise ValueError("levels is empty; name at least one number of operations, as in (2, 3).")
     rng = random.Random(f"{seed}/{heldout}/{subset}")  # a string seed is hashed the same everywhere
     prompts: list[Prompt] = []
     seen: set[str] = set()
@@ -241,7 +243,7 @@ def write_task(
     num_heldout: int = 200,
     num_ood: int = 200,
     num_dialogues: int = 10000,
-    levels: Sequence[int] = (1, 2, 3),
+    levels: Sequence[int] = (2, 3),
     ood_levels: Sequence[int] = (4, 5),
     cold_start_levels: Sequence[int] = (1, 2, 3),
     imperfections: Imperfections = PLANTED,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import random
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -154,6 +156,18 @@ def test_the_manifest_counts_what_the_files_hold(task):
     assert manifest["cold_start"]["correct"] == sum(correct)
     assert manifest["cold_start"]["echo"]["planted"] == sum(echoes)
     assert all([turn["role"] for turn in row["turns"]] == [*map(str, Role)] * (len(row["turns"]) // 2) for row in rows)
+
+
+def test_the_command_writes_the_default_task_and_refuses_to_write_it_again(tmp_path):
+    command = [sys.executable, str(Path(__file__).parents[2] / "tools" / "make_arith.py"), str(tmp_path / "arith"), "--num-dialogues", "30"]
+    first = subprocess.run(command, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    manifest = json.loads((tmp_path / "arith" / "manifest.json").read_text())
+    assert sum(manifest["sets"]["train"].values()) == len(read(tmp_path / "arith" / "train.jsonl")) == 2000
+    assert manifest["imperfections"] == asdict(PLANTED)
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1
+    assert "not empty" in again.stderr and "Traceback" not in again.stderr
 
 
 def test_nothing_is_overwritten(task):
