@@ -103,7 +103,8 @@ def full_name(name: str, module: GPTModel, arch: Architecture) -> str:
 
 @torch.no_grad()
 def initialise(module: GPTModel, arch: Architecture, *, groups: Groups, seed: int) -> None:
-    """Norms 1, biases 0, matrices normal(0, ``arch.initializer_range``), those that write into the residual stream divided by sqrt(2 * layers) (GPT-2).
+    """Norms 1, biases 0, matrices normal(0, ``arch.initializer_range``), those that write into the residual stream divided by
+    sqrt(2 * layers) (GPT-2).
 
     Each tensor has a generator of its own, seeded by ``seed`` and its `full_name`: no layout changes a single number. The vocabulary's
     padding rows are 0.

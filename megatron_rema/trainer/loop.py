@@ -150,6 +150,8 @@ def step(study: Study) -> dict[str, float]:
         step=position.step,
         reporter=reporter,
     )
+    for engine in study.engines.values():
+        engine.sleep()
     assigned = assign(episodes, judgements, scheme=config.reward.scheme, mask_unfinished_reward=config.reward.mask_unfinished_reward)
     assign_advantages(assigned.scored, config.roles, config.algorithm)
 
@@ -160,6 +162,8 @@ def step(study: Study) -> dict[str, float]:
     position.prompts_taken += len(prompts)
     with reporter.phase("sync"):
         position.weight_version += 1
+        for engine in study.engines.values():
+            engine.wake()
         sync_weights(study.policies, study.engines, position.weight_version)
 
     if study.folder.writes:
