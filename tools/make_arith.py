@@ -8,7 +8,7 @@ import json
 import sys
 from dataclasses import asdict
 
-from megatron_rema.tasks.arith import PLANTED, Imperfections, write_task
+from megatron_rema.tasks.arith import COLD_START_LEVELS, PLANTED, Imperfections, write_task
 
 
 def main() -> None:
@@ -20,8 +20,10 @@ def main() -> None:
     parser.add_argument("--num-ood", type=int, default=200, help="harder problems")
     parser.add_argument("--num-dialogues", type=int, default=10000, help="written dialogues of the cold start")
     parser.add_argument("--levels", type=int, nargs="+", default=[2, 3], help="operations per problem, train and held-out")
-    parser.add_argument("--ood-levels", type=int, nargs="+", default=[4, 5], help="operations per harder problem")
-    parser.add_argument("--cold-start-levels", type=int, nargs="+", default=[1, 2, 3], help="operations per written dialogue")
+    parser.add_argument("--ood-levels", type=int, nargs="+", default=[4], help="operations per harder problem")
+    parser.add_argument(
+        "--cold-start-levels", type=int, nargs="+", default=COLD_START_LEVELS, help="operations per written dialogue, in turn"
+    )
     for name, rate in asdict(PLANTED).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=rate, help="rate of this planted imperfection")
     arguments = vars(parser.parse_args())

@@ -6,7 +6,7 @@ The meta-thinker keeps the expression and names the next sub-expression; the rea
     meta-thinker     (6-4)*7:6-4                reasoner   2      (the expression as it stands, then the sub-expression)
     meta-thinker     2*7                        reasoner   14
     meta-thinker     [FINISH]                   reasoner   \\boxed{14}
-The plan never states the answer. Every value lies in 0..20, so that each fact (a op b) can be learnt by heart.
+A plan names what to compute, never its result. Every value lies in 0..20, so that each fact (a op b) can be learnt by heart.
 
 Level = number of operations. A question belongs to the held-out side by its hash, so the sets are disjoint whatever the seeds.
 """
@@ -30,6 +30,8 @@ REASONER_TEMPLATE = "{question}\n{instruction}"
 FINISH_MARKER = "[FINISH]"
 MAX_VALUE = 20  # every value on the way lies in 0..MAX_VALUE
 MAX_OPERAND = 9  # numbers in the question lie in 1..MAX_OPERAND
+# Dialogues take these in turn. RL trains on levels 2 and 3; without dialogues of level 4 hardly one such problem is solved.
+COLD_START_LEVELS = (1, 2, 3, 1, 2, 3, 4)
 MAX_ROUNDS = 8  # rounds of an episode; a written dialogue in an echo trap fills them
 
 OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
@@ -244,8 +246,8 @@ def write_task(
     num_ood: int = 200,
     num_dialogues: int = 10000,
     levels: Sequence[int] = (2, 3),
-    ood_levels: Sequence[int] = (4, 5),
-    cold_start_levels: Sequence[int] = (1, 2, 3),
+    ood_levels: Sequence[int] = (4,),
+    cold_start_levels: Sequence[int] = COLD_START_LEVELS,
     imperfections: Imperfections = PLANTED,
 ) -> dict[str, Any]:
     """Writes train.jsonl, heldout.jsonl, ood.jsonl, cold_start.jsonl, model/ (config and tokenizer, no weights) and manifest.json.
