@@ -22,7 +22,8 @@ def save_tiny_task(folder: Path) -> list[str]:
     save_tiny_model(folder / "model", tokenizer=tiny_tokenizer("chatml"))
     return [
         f"task.train_file={folder}/train.jsonl",
-        f"task.evaluation_files={{heldout:{folder}/heldout.jsonl}}",
+        f"task.evaluation_files.heldout={folder}/heldout.jsonl",
+        "~task.evaluation_files.ood",
         f"task.cold_start_file={folder}/dialogues.jsonl",
         f"model.path={folder}/model",
         "model.dtype=float32",
