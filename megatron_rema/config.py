@@ -6,6 +6,7 @@ choices and ranges), and ``check`` applies the rules between fields before any m
 
 from __future__ import annotations
 
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -161,7 +162,7 @@ class TrainerConfig:
     evaluate_every: NonNegativeInt = 0  # 0: only before the first and after the last step
     evaluation_problems: NonNegativeInt = 200  # per set, the first ones of the file; 0: all
     evaluation_samples: Count = 4  # dialogues per problem
-    evaluation_temperature: NonNegative = 1.0
+    evaluation_temperatures: Annotated[list[NonNegative], Field(min_length=1)] = field(default_factory=lambda: [1.0])  # 0: greedy
     checkpoint_every: NonNegativeInt = 0  # 0: only after the last step
     keep_checkpoints: Count = 2
     save_hf: bool = True  # export each policy as a Hugging Face checkpoint at the end
@@ -288,7 +289,7 @@ def _check_budgets(config: RunConfig) -> None:
     if rollout.top_p < 1 or rollout.temperature == 0:
         raise ConfigError(
             f"rollout.top_p ({rollout.top_p}) < 1 or rollout.temperature ({rollout.temperature}) = 0: the sampled distribution would not "
-            "be the trained one; train with top_p=1 and temperature > 0 (trainer.evaluation_temperature may be 0)."
+            "be the trained one; train with top_p=1 and temperature > 0 (trainer.evaluation_temperatures may hold 0)."
         )
     if rollout.episodes_per_prompt < 2 and config.algorithm.advantage in ("grpo", "dr_grpo", "rloo"):
         raise ConfigError(

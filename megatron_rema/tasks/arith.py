@@ -50,6 +50,7 @@ class Imperfections:
 
     wrong_plan: float = 0.0  # per planning turn: the sub-expression is named with one operator or operand changed
     early_finish: float = 0.0  # per planning turn after the first: finish while operations remain
+    short_stop: float = 0.0  # per planning turn after the first that has one subtraction left: finish instead of naming it
     echo: float = 0.0  # per dialogue that should finish: the last instruction is repeated until the rounds run out
     slip: float = 0.0  # per computing turn: the reasoner's value is off by one
     missing_box: float = 0.0  # per final answer: the value without \\boxed{}
@@ -62,7 +63,8 @@ class Imperfections:
 
 NONE = Imperfections()
 # Mostly habits of the dialogue, which RL unlearns in a few steps; few wrong facts, which it would have to unlearn one by one.
-PLANTED = Imperfections(wrong_plan=0.03, early_finish=0.12, echo=0.10, slip=0.03, missing_box=0.20)
+# `short_stop` is what the planner does more often than not: greedy decoding shows it too, the others show in samples only.
+PLANTED = Imperfections(wrong_plan=0.03, early_finish=0.06, short_stop=0.65, echo=0.08, slip=0.03, missing_box=0.15)
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,8 @@ def write_dialogue(rng: random.Random, expression: Expression, imperfections: Im
             break
         operation = next_operation(expression)
         is_last = operation is expression
+        if texts and is_last and operation[0] == "-" and happens("short_stop"):
+            break
         if happens("wrong_plan"):
             operation = _changed(rng, operation)
         plan = show(operation)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -70,19 +72,18 @@ def evaluate_sets(
     reporter: Reporter,
     step: int,
 ) -> list[Evaluation]:
-    """Play ``evaluation_samples`` dialogues a problem with the training protocol at ``evaluation_temperature``. A collective.
+    """Play ``evaluation_samples`` dialogues a problem with the training protocol at each temperature (one when greedy). A collective.
 
     Seeds are those of step -1 whatever ``step`` is: evaluations along a run differ by their weights, not by their luck.
     """
     trainer = config.trainer
-    greedy = trainer.evaluation_temperature == 0
-    rules = replace(rules, temperature=trainer.evaluation_temperature)
     version = next(iter(engines.values())).weight_version
     results = []
-    for name, prompts in sets.items():
+    for (name, prompts), temperature in product(sets.items(), trainer.evaluation_temperatures):
+        samples = trainer.evaluation_samples if temperature > 0 else 1
         episodes, judgements = play_everywhere(
-            starts_of(prompts, 1 if greedy else trainer.evaluation_samples),
-            rules=rules,
+            starts_of(prompts, samples),
+            rules=replace(rules, temperature=temperature),
             chat=chat,
             engines=engines,
             engine_tensor=config.engine.tensor,
@@ -92,11 +93,22 @@ def evaluate_sets(
             reporter=reporter,
         )
         scored = assign(episodes, judgements, scheme=config.reward.scheme).scored
-        results.append(_summary(scored, len(episodes) - len(scored), name=name, step=step, version=version, config=config))
+        results.append(
+            Evaluation(
+                step=step,
+                weight_version=version,
+                set=name,
+                temperature=temperature,
+                samples_per_problem=samples,
+                num_unknown=len(episodes) - len(scored),
+                **_accuracy(scored),
+            )
+        )
     return results
 
 
-def _summary(scored: Sequence[Episode], num_unknown: int, *, name: str, step: int, version: int, config: RunConfig) -> Evaluation:
+def _accuracy(scored: Sequence[Episode]) -> dict[str, Any]:
+    """The measured fields of an Evaluation."""
     by_problem: dict[str, list[float]] = defaultdict(list)
     by_level: dict[str, list[float]] = defaultdict(list)
     for episode in scored:
@@ -105,23 +117,16 @@ def _summary(scored: Sequence[Episode], num_unknown: int, *, name: str, step: in
         by_level[str(episode.prompt.level)].append(right)
     means = [fmean(values) for values in by_problem.values()] or [0.0]
     low, high = interval(means)
-    greedy = config.trainer.evaluation_temperature == 0
-    return Evaluation(
-        step=step,
-        weight_version=version,
-        set=name,
-        temperature=config.trainer.evaluation_temperature,
-        samples_per_problem=1 if greedy else config.trainer.evaluation_samples,
-        num_problems=len(by_problem),
-        num_unknown=num_unknown,
-        accuracy=fmean(means),
-        low=low,
-        high=high,
-        answer_accuracy=fmean([episode.score["correct"] for episode in scored] or [0.0]),
-        finished_frac=fmean([episode.score["finished"] for episode in scored] or [0.0]),
-        turns_per_episode=fmean([len(episode.turns) for episode in scored] or [0.0]),
-        level_accuracy={level: fmean(values) for level, values in sorted(by_level.items())},
-    )
+    return {
+        "num_problems": len(by_problem),
+        "accuracy": fmean(means),
+        "low": low,
+        "high": high,
+        "answer_accuracy": fmean([episode.score["correct"] for episode in scored] or [0.0]),
+        "finished_frac": fmean([episode.score["finished"] for episode in scored] or [0.0]),
+        "turns_per_episode": fmean([len(episode.turns) for episode in scored] or [0.0]),
+        "level_accuracy": {level: fmean(values) for level, values in sorted(by_level.items())},
+    }
 
 
 def table(rows: Sequence[Mapping], title: str) -> Table:

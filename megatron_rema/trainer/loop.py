@@ -264,7 +264,8 @@ def evaluate(study: Study) -> None:
     for result in results:
         study.folder.evaluation(asdict(result))
         study.reporter.say(
-            f"evaluation at step {result.step}: {result.set} accuracy {result.accuracy:.3f} [{result.low:.3f}, {result.high:.3f}]"
+            f"evaluation at step {result.step}: {result.set} at temperature {result.temperature:g}: "
+            f"accuracy {result.accuracy:.3f} [{result.low:.3f}, {result.high:.3f}]"
         )
 
 
@@ -312,7 +313,7 @@ def finish(study: Study) -> None:
     if study.folder.writes:
         report = write_report(study.folder.path)
         rows = study.folder.read("evaluations.jsonl")
-        study.reporter.console.print(table(rows, "evaluations (sampled dialogues, finished and right)"))
+        study.reporter.console.print(table(rows, "evaluations (accuracy: answer right and dialogue finished)"))
         study.reporter.say(f"report: {Path(report)}")
     dist.barrier()
 

@@ -120,7 +120,7 @@ def test_each_imperfection_happens_at_the_stated_rate_and_alone(name):
     only = replace(arith.NONE, **{name: 0.3})
     rng = random.Random(0)
     planted, chances = Counter(), Counter()
-    for i in range(1500):
+    for i in range(5500):
         dialogue = write_dialogue(rng, draw(rng, 1 + i % 3), only)
         planted, chances = planted + dialogue.planted, chances + dialogue.chances
     assert set(planted) == {name}
@@ -134,6 +134,10 @@ def test_each_imperfection_happens_at_the_stated_rate_and_alone(name):
     [
         ("wrong_plan", lambda right, wrong: wrong[0] != right[0] and num_operations(wrong[0]) == 1),
         ("early_finish", lambda right, wrong: wrong == (*right[:2], FINISH_MARKER, f"\\boxed{{{right[1]}}}")),
+        (
+            "short_stop",  # right ends: value before, a-b, its value, finish, answer
+            lambda right, wrong: wrong == ((*right[:-4], FINISH_MARKER, f"\\boxed{{{right[-5]}}}") if "-" in right[-4] else right),
+        ),
         ("echo", lambda right, wrong: len(wrong) == 2 * arith.MAX_ROUNDS and FINISH_MARKER not in wrong and wrong[-2:] == right[-4:-2]),
         ("slip", lambda right, wrong: wrong[0] == right[0] and abs(int(wrong[1]) - int(right[1])) == 1),
         ("missing_box", lambda right, wrong: wrong[:-1] == right[:-1] and f"\\boxed{{{wrong[-1]}}}" == right[-1]),
