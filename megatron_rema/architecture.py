@@ -7,7 +7,7 @@ package cannot train exactly (sliding windows, other rope types, quantised weigh
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Architecture:
     tied: bool  # the output layer is the embedding
     max_positions: int
     eos_token_ids: tuple[int, ...]  # of config.json and generation_config.json
+    num_scalars: int = 0  # outputs per position of a scalar head (critic, reward model); 0: a language-model head
     initializer_range: float = 0.02  # standard deviation of random weights, where a model starts from them
 
     @classmethod
@@ -68,6 +69,7 @@ class Architecture:
 
         heads, hidden = need("num_attention_heads"), need("hidden_size")
         rope_theta, rope_factor = _rope(config, source)
+        num_scalars = _num_scalars(config, source)
         arch = cls(
             family=family,
             num_layers=need("num_hidden_layers"),
@@ -82,8 +84,9 @@ class Architecture:
             rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             qkv_bias=family == "qwen2",
             qk_norm=family == "qwen3",
-            tied=bool(config.get("tie_word_embeddings", False)),
+            tied=bool(config.get("tie_word_embeddings", False)) and num_scalars == 0,
             max_positions=int(config.get("max_position_embeddings", 2048)),
+            num_scalars=num_scalars,
             initializer_range=float(config.get("initializer_range", 0.02)),
             eos_token_ids=tuple(dict.fromkeys(_ids(config.get("eos_token_id")) + _ids(more_eos))),
         )
@@ -94,6 +97,13 @@ class Architecture:
             )
         return arch
 
+    def __post_init__(self) -> None:
+        assert not (self.tied and self.num_scalars), "a scalar head has no embedding to be tied to: use with_scalar_head"
+
+    def with_scalar_head(self, num_scalars: int) -> Architecture:
+        """The same trunk with ``num_scalars`` outputs per position instead of the vocabulary."""
+        return replace(self, num_scalars=num_scalars, tied=False)
+
     @property
     def heads_per_kv_head(self) -> int:
         return self.num_heads // self.num_kv_heads
@@ -103,8 +113,8 @@ class Architecture:
         multiple = _VOCAB_MULTIPLE * tensor
         return -(-self.vocab_size // multiple) * multiple
 
-    def check_layout(self, tensor: int, pipeline: int) -> None:
-        """Raises ValueError when the model cannot be cut into ``tensor`` x ``pipeline`` equal parts."""
+    def check_layout(self, tensor: int, pipeline: int, virtual: int = 1) -> None:
+        """Raises ValueError when the model cannot be cut into ``tensor`` x ``pipeline`` equal parts, or these into ``virtual`` chunks."""
         for axis, parts, name, value in (
             ("tensor", tensor, "num_attention_heads", self.num_heads),
             ("tensor", tensor, "num_key_value_heads", self.num_kv_heads),
@@ -117,6 +127,27 @@ class Architecture:
                     f"parallel.{axis} ({parts}) must divide {name} ({value}) of this {self.family} model; {remainder}"
                     f"choose one of {', '.join(str(n) for n in range(1, value + 1) if value % n == 0)}."
                 )
+        if virtual < 1 or (virtual > 1 and pipeline == 1):
+            raise ValueError(
+                f"parallel.virtual is {virtual} with parallel.pipeline {pipeline}; virtual stages need at least 2 stages: set it to 1."
+            )
+        if self.num_layers % (pipeline * virtual):
+            raise ValueError(
+                f"parallel.pipeline ({pipeline}) * parallel.virtual ({virtual}) = {pipeline * virtual} must divide num_hidden_layers "
+                f"({self.num_layers}) of this {self.family} model; got remainder {self.num_layers % (pipeline * virtual)}: lower one."
+            )
+
+
+def _num_scalars(config: dict[str, Any], source: str) -> int:
+    """0 for a language model; the number of labels of a sequence- or token-classification checkpoint."""
+    kind = (config.get("architectures") or ["ForCausalLM"])[0]
+    if kind.endswith(("ForSequenceClassification", "ForTokenClassification")):
+        return int(config.get("num_labels") or len(config.get("id2label") or (0, 1)))
+    if not kind.endswith("ForCausalLM"):
+        raise ValueError(
+            f"{source}: architectures is {kind!r}; it must end in ForCausalLM or ForSequenceClassification: choose another checkpoint."
+        )
+    return 0
 
 
 def _ids(value: int | list[int] | None) -> list[int]:

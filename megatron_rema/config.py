@@ -42,6 +42,8 @@ class TaskConfig:
     answer_key: str = "answer"
     finish_marker: str = "[FINISH]"
     cold_start_file: str | None = None  # dialogues for sft: {question, answer, turns: [{role, text}]}
+    preference_file: str | None = None  # pairs for train_reward_model: {question, chosen: [turns], rejected: [turns]}
+    preference_heldout_file: str | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -71,14 +73,28 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class ParallelConfig:
-    """Layout of the trained policies over the world's ranks; data parallel takes what is left."""
+class LayoutConfig:
+    """How one model is cut over the world's ranks; data parallel takes what is left."""
 
     tensor: Count = 1
     pipeline: Count = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = False  # ZeRO-1
     recompute: bool = False  # recompute activations in the backward pass
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ParallelConfig:
+    """Every model at its own layout over the same ranks. None: as the actor."""
+
+    actor: LayoutConfig  # the trained policies
+    critic: LayoutConfig | None = None
+    reward_model: LayoutConfig | None = None
+    reference: LayoutConfig | None = None
+
+    def layout(self, model: str) -> LayoutConfig:
+        """``actor``, ``critic``, ``reward_model`` or ``reference``."""
+        return getattr(self, model) or self.actor
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -116,14 +132,29 @@ class RewardConfig:
     mask_unfinished_reward: bool = True  # an episode that did not finish earns 0
     verifier_processes: Count = 1  # per rank
     verifier_timeout_s: Positive = 5.0
+    model_path: str | None = None  # a reward model (sequence-classification folder) that scores the reasoner's view of each episode
+    model_weight: float = 1.0  # added to both roles' rewards: model_weight * score
+    model_ensemble: Literal["mean", "min"] = "mean"  # over the reward model's heads
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RewardModelConfig:
+    """What train_reward_model trains: K heads on a shared trunk, by Bradley-Terry."""
+
+    heads: Count = 1
+    margin: bool = False  # use the pairs' margins
+    centering: NonNegative = 0.0  # weight of (chosen + rejected)^2, which keeps scores around 0
 
 
 @dataclass(frozen=True, config=_STRICT)
 class AlgorithmConfig:
     """The objective of one policy update (rema.md 2 and 3)."""
 
-    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus"] = "grpo"
-    turn_discount: Annotated[float, Field(ge=0, le=1)] = 1.0  # reinforce_plus_plus: discount of a turn's return
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "gae"] = "grpo"  # gae needs a critic and builds one
+    turn_discount: Annotated[float, Field(ge=0, le=1)] = 1.0  # reinforce_plus_plus, gae: from a turn to the role's next one
+    turn_lambda: Annotated[float, Field(ge=0, le=1)] = 1.0  # gae: across turns
+    discount: Annotated[float, Field(ge=0, le=1)] = 1.0  # gae: inside a turn
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 1.0  # gae: inside a turn
     ratio_level: Literal["token", "turn", "trace"] = "turn"
     ratio_mean: Literal["geometric", "arithmetic"] = "geometric"  # inside a turn or trace
     aggregation: Literal["token", "turn", "episode", "constant"] = "turn"
@@ -134,6 +165,16 @@ class AlgorithmConfig:
     kl_coef: NonNegative = 0.0  # > 0 keeps a frozen reference copy of each policy
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     entropy_coef: float = 0.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class CriticConfig:
+    """Value models, one a policy, used when algorithm.advantage is gae. Other optimizer settings are the actor's."""
+
+    path: str | None = None  # Hugging Face folder of the trunk; None: the policy's own
+    lr: NonNegative = 1.0e-5
+    value_clip: NonNegative = 0.2  # 0 turns value clipping off
+    warmup_steps: NonNegativeInt = 0  # first steps in which only the critic learns
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -180,7 +221,9 @@ class RunConfig:
     engine: EngineConfig
     rollout: RolloutConfig
     reward: RewardConfig
+    reward_model: RewardModelConfig
     algorithm: AlgorithmConfig
+    critic: CriticConfig
     optimizer: OptimizerConfig
     trainer: TrainerConfig
     seed: int = 0
@@ -235,17 +278,24 @@ def check(config: RunConfig, world_size: int) -> None:
 
 
 def _check_layout(config: RunConfig, world_size: int) -> None:
-    tensor, pipeline, engine = config.parallel.tensor, config.parallel.pipeline, config.engine.tensor
-    remedy = f"launch with torchrun --nproc-per-node {tensor * pipeline} (or a multiple), or lower them"
-    if world_size % (tensor * pipeline):
+    for model in ("actor", "critic", "reward_model", "reference"):
+        layout = config.parallel.layout(model)
+        tensor, pipeline = layout.tensor, layout.pipeline
+        if world_size % (tensor * pipeline):
+            raise ConfigError(
+                f"parallel.{model}.tensor ({tensor}) * parallel.{model}.pipeline ({pipeline}) must divide world_size ({world_size}); "
+                f"got remainder {world_size % (tensor * pipeline)}: launch with torchrun --nproc-per-node {tensor * pipeline} "
+                "(or a multiple), or lower them."
+            )
+        if layout.sequence_parallel and tensor == 1:
+            raise ConfigError(
+                f"parallel.{model}.sequence_parallel is true with parallel.{model}.tensor 1; it needs at least 2: turn it off."
+            )
+    if world_size % config.engine.tensor:
         raise ConfigError(
-            f"parallel.tensor ({tensor}) * parallel.pipeline ({pipeline}) must divide world_size ({world_size}); "
-            f"got remainder {world_size % (tensor * pipeline)}: {remedy}."
+            f"engine.tensor ({config.engine.tensor}) must divide world_size ({world_size}); "
+            f"got remainder {world_size % config.engine.tensor}: lower it or start more ranks."
         )
-    if world_size % engine:
-        raise ConfigError(f"engine.tensor ({engine}) must divide world_size ({world_size}); got remainder {world_size % engine}.")
-    if config.parallel.sequence_parallel and tensor == 1:
-        raise ConfigError("parallel.sequence_parallel is true with parallel.tensor 1; it needs parallel.tensor >= 2: turn it off.")
 
 
 def _check_agents(config: RunConfig) -> None:

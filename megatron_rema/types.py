@@ -196,6 +196,8 @@ class Batch:
     rollout_logprobs: Tensor | None = None  # [T] float32
     old_logprobs: Tensor | None = None  # [T] float32
     ref_logprobs: Tensor | None = None  # [T] float32
+    values: Tensor | None = None  # [T] float32, the critic's before the update
+    returns: Tensor | None = None  # [T] float32
 
 
 class Engine(Protocol):

@@ -47,16 +47,23 @@ def save_tiny_model(
     vocab_size: int = 101,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str = "float32",
+    num_scalars: int = 0,
     **config: Any,
 ) -> Path:
-    """Writes ``path`` as a checkpoint folder and returns it. A tokenizer is saved along; it raises ``vocab_size`` to hold its tokens."""
+    """Writes ``path`` as a checkpoint folder and returns it. A tokenizer is saved along; it raises ``vocab_size`` to hold its tokens.
+
+    ``num_scalars`` > 0: a sequence-classification checkpoint with that many labels, on the trunk that the same seed gives a language model.
+    """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     if tokenizer is not None:
         vocab_size = max(vocab_size, len(tokenizer))
     settings = {**_SHARED, **_CONFIGS[name], "vocab_size": vocab_size, **config}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).to(getattr(torch, dtype))
+    kind = AutoModelForCausalLM
+    if num_scalars:
+        kind, settings = AutoModelForSequenceClassification, {**settings, "num_labels": num_scalars, "tie_word_embeddings": False}
+    model = kind.from_config(AutoConfig.for_model(**settings)).to(getattr(torch, dtype))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():

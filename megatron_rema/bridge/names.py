@@ -65,6 +65,9 @@ def name_map(arch: Architecture) -> dict[str, Entry]:
         add(ours + "mlp.linear_fc1.weight", Kind.GATE_UP, *((f"{mlp}{x}_proj.weight", (ffn, hidden)) for x in ("gate", "up")))
         add(ours + "mlp.linear_fc2.weight", Kind.ROW, (mlp + "down_proj.weight", (hidden, ffn)))
     add("decoder.final_layernorm.weight", Kind.REPLICATED, ("model.norm.weight", (hidden,)))
+    if arch.num_scalars:
+        add("output_layer.weight", Kind.REPLICATED, ("score.weight", (arch.num_scalars, hidden)))
+        return {entry.megatron_name: entry for entry in entries}
     head = embedding if arch.tied else ("lm_head.weight", (vocab, hidden))
     add("output_layer.weight", Kind.VOCAB, head, is_copy=arch.tied)
     return {entry.megatron_name: entry for entry in entries}

@@ -1,12 +1,14 @@
 """Weights out of a Hugging Face folder into TP x PP shards, and back: to an engine, or to a new folder.
 
-The module is taken structurally (``named_parameters``, ``decoder.layers[i].layer_number``): a bare megatron-core GPTModel, this rank's
-pipeline stage. Beyond the module, memory holds about one full tensor at a time (the writer of a folder: one file's worth).
+A module is taken structurally (``named_parameters``, ``decoder.layers[i].layer_number``): a bare megatron-core GPTModel, this rank's
+pipeline stage; or a list of them, its virtual stages. Beyond the modules, memory holds about one full tensor at a time (the writer of a
+folder: one file's worth).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,18 +22,23 @@ from megatron_rema.bridge.names import canonical_name, name_map
 from megatron_rema.parallel.exchange import gather_rows
 from megatron_rema.parallel.groups import Groups
 
+Modules = nn.Module | Sequence[nn.Module]  # this rank's stage: one chunk, or its virtual stages
+
 
 @torch.no_grad()
-def load_hf(module: nn.Module, arch: Architecture, path: str | Path, groups: Groups) -> int:
-    """Fills every parameter of this rank's module from a Hugging Face folder; returns the bytes filled. Reads what this stage needs.
+def load_hf(modules: Modules, arch: Architecture, path: str | Path, groups: Groups, *, fresh_head: bool = False) -> int:
+    """Fills every parameter of this rank's stage from a Hugging Face folder; returns the bytes filled. Reads what this stage needs.
 
-    Values are cast to the parameter's dtype. Call it before the optimizer takes its fp32 master copy. Not a collective. Raises ValueError
+    Values are cast to the parameter's dtype. Call it before the optimizer takes its fp32 master copy. Not a collective.
+    ``fresh_head``: only the trunk is read (of a language model, say, for a critic) and the head stays as it was drawn. Raises ValueError
     naming the tensor or field when the folder holds another architecture, misses a tensor, or has one that no parameter takes.
     """
-    reader = CheckpointReader(path, arch)
+    reader = CheckpointReader(path, _trunk_of(path, arch) if fresh_head else arch)
     entries = name_map(arch)
     num_bytes = 0
-    for name, parameter in _own_parameters(module, arch, groups).items():
+    for name, parameter in _own_parameters(modules, arch, groups).items():
+        if fresh_head and name == "output_layer.weight":
+            continue
         entry = entries[name]
         tensors = [reader.tensor(hf_name) for hf_name in entry.hf_names]
         local = to_megatron(tensors, entry, arch, rank=groups.tensor_rank, size=groups.tensor_size)
@@ -42,16 +49,16 @@ def load_hf(module: nn.Module, arch: Architecture, path: str | Path, groups: Gro
 
 
 @torch.no_grad()
-def iterate_hf_tensors(module: nn.Module, arch: Architecture, groups: Groups) -> Iterator[tuple[str, Tensor]]:
+def iterate_hf_tensors(modules: Modules, arch: Architecture, groups: Groups) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, full tensor) in the order of ``names.hf_shapes`` on every rank; a tied output layer is left out.
 
     A collective over ``groups.tp`` and ``groups.pp``: every rank consumes it to the end. On the wire, per parameter: its shard from its
     stage to the other stages (broadcast over PP), then the shards of all ranks to all (all-gather over TP). A tensor may be a view of a
     live parameter: copy it to keep it past the next optimizer step.
     """
-    own = _own_parameters(module, arch, groups)
+    own = _own_parameters(modules, arch, groups)
     stage_of, dtype_of = _owners(own, groups)
-    device = next(module.parameters()).device
+    device = next(iter(own.values())).device
     for name, entry in name_map(arch).items():
         if entry.is_copy:
             continue
@@ -72,7 +79,7 @@ def iterate_hf_tensors(module: nn.Module, arch: Architecture, groups: Groups) ->
 
 
 def save_hf(
-    module: nn.Module, arch: Architecture, source_dir: str | Path, out_dir: str | Path, groups: Groups, *, max_shard_bytes: int = 4 << 30
+    modules: Modules, arch: Architecture, source_dir: str | Path, out_dir: str | Path, groups: Groups, *, max_shard_bytes: int = 4 << 30
 ) -> None:
     """Writes a Hugging Face folder: safetensors files of at most ``max_shard_bytes``, config and tokenizer files of ``source_dir``.
 
@@ -84,9 +91,9 @@ def save_hf(
     if any(row["exists"] for row in gather_rows([{"exists": is_writer and out_dir.exists()}])):
         raise ValueError(f"out_dir {out_dir} exists; a checkpoint is never overwritten: choose another name or remove it.")
     if groups.data_rank == 0:  # one copy of the model is enough; the others wait at the barrier
-        tensors = iterate_hf_tensors(module, arch, groups)
+        tensors = iterate_hf_tensors(modules, arch, groups)
         if is_writer:
-            dtype = next(module.parameters()).dtype
+            dtype = next(_list(modules)[0].parameters()).dtype
             write_checkpoint(tensors, arch, dtype, Path(source_dir), out_dir, max_shard_bytes)
         else:
             for _ in tensors:
@@ -94,17 +101,29 @@ def save_hf(
     dist.barrier()
 
 
-def _own_parameters(module: nn.Module, arch: Architecture, groups: Groups) -> dict[str, nn.Parameter]:
+def _trunk_of(path: str | Path, arch: Architecture) -> Architecture:
+    """``arch`` with the head that the folder has: all else must agree."""
+    found = Architecture.from_pretrained(path)
+    return replace(arch, num_scalars=found.num_scalars, tied=found.tied)
+
+
+def _list(modules: Modules) -> list[nn.Module]:
+    return [modules] if isinstance(modules, nn.Module) else list(modules)
+
+
+def _own_parameters(modules: Modules, arch: Architecture, groups: Groups) -> dict[str, nn.Parameter]:
     """Canonical name -> parameter of this stage. A parameter without an entry, or an entry without its parameter, is an error."""
-    layer_numbers = [layer.layer_number for layer in module.decoder.layers]
     known = name_map(arch)
     own: dict[str, nn.Parameter] = {}
-    for name, parameter in module.named_parameters():
-        canonical = canonical_name(name, layer_numbers)
-        if canonical not in known:
-            raise ValueError(f"parameter {name} ({canonical}) has no entry in the {arch.family} name map: add it to bridge/names.py.")
-        own[canonical] = parameter
-    held = [f"decoder.layers.{number - 1}." for number in layer_numbers]
+    held: list[str] = []
+    for module in _list(modules):
+        layer_numbers = [layer.layer_number for layer in module.decoder.layers]
+        held += [f"decoder.layers.{number - 1}." for number in layer_numbers]
+        for name, parameter in module.named_parameters():
+            canonical = canonical_name(name, layer_numbers)
+            if canonical not in known:
+                raise ValueError(f"parameter {name} ({canonical}) has no entry in the {arch.family} name map: add it to bridge/names.py.")
+            own[canonical] = parameter
     held += ["embedding."] * groups.is_first_stage + ["decoder.final_layernorm."] * groups.is_last_stage
     missing = [name for name in known if name.startswith(tuple(held)) and name not in own]
     if missing:

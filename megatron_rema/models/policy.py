@@ -1,4 +1,4 @@
-"""A policy's weights on this rank: one pipeline stage of one tensor shard of a megatron-core GPTModel.
+"""A model's weights on this rank: one tensor shard of one pipeline stage of a megatron-core GPTModel, or of several virtual stages.
 
 Random weights are drawn for the FULL tensor of each name and then cut, so that they are the same at every layout.
 """
@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_rema.architecture import Architecture
+from megatron_rema.models.heads import ScalarHead
 from megatron_rema.models.spec import block_spec, transformer_config
 from megatron_rema.parallel import pipeline, platform
 from megatron_rema.parallel.groups import Groups
@@ -29,8 +30,14 @@ class ParallelModel:
     arch: Architecture
     groups: Groups
     config: TransformerConfig
-    module: GPTModel  # this rank's stage and shard
-    chunks: list[nn.Module]  # [module], wrapped in megatron's DistributedDataParallel when trainable
+    modules: list[GPTModel]  # this rank's shard of its stage: one module, or one per virtual stage, first layers first
+    chunks: list[nn.Module]  # the modules, each wrapped in megatron's DistributedDataParallel when trainable
+
+    @property
+    def module(self) -> GPTModel:
+        """The only module of a model without virtual stages."""
+        assert len(self.modules) == 1, "this model has virtual stages: use modules"
+        return self.modules[0]
 
     @property
     def is_trainable(self) -> bool:
@@ -46,6 +53,7 @@ def build_policy(
     arch: Architecture,
     *,
     groups: Groups,
+    virtual: int = 1,
     dtype: torch.dtype = torch.float32,
     trainable: bool = True,
     seed: int | None = None,
@@ -53,7 +61,7 @@ def build_policy(
     recompute: bool = False,
     distributed_optimizer: bool = False,
 ) -> ParallelModel:
-    """This rank's part of ``arch``. A collective.
+    """This rank's part of ``arch``: ``virtual`` chunks of it, of which chunk v holds part v * stages + stage. A collective.
 
     ``seed`` draws random weights; without it they are left empty, for a checkpoint to fill. ``distributed_optimizer`` lays gradients
     out for ZeRO-1; `build_optimizer` follows it.
@@ -62,17 +70,35 @@ def build_policy(
         arch,
         tensor=groups.tensor_size,
         pipeline=groups.pipeline_size,
+        virtual=virtual,
         dtype=dtype,
         sequence_parallel=sequence_parallel,
         recompute=recompute,
     )
+    modules = [_module(arch, config, groups, stage if virtual > 1 else None) for stage in range(virtual)]
+    if seed is not None:
+        for module in modules:
+            initialise(module, arch, groups=groups, seed=seed)
+    if not trainable:
+        for module in modules:
+            module.requires_grad_(False)
+        return ParallelModel(arch, groups, config, modules, list(modules))
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer)
+    wrapped = [DistributedDataParallel(config, ddp_config, module, pg_collection=groups.collection) for module in modules]
+    return ParallelModel(arch, groups, config, modules, wrapped)
+
+
+def _module(arch: Architecture, config: TransformerConfig, groups: Groups, virtual_stage: int | None) -> GPTModel:
+    """One chunk, its weights empty. ``virtual_stage`` is None where the whole pipeline stage is one chunk."""
+    last_virtual = (config.virtual_pipeline_model_parallel_size or 1) - 1
+    is_last = groups.is_last_stage and virtual_stage in (None, last_virtual)
     module = GPTModel(
         config=config,
-        transformer_layer_spec=block_spec(arch, config, groups.pipeline_rank),
+        transformer_layer_spec=block_spec(arch, config, groups.pipeline_rank, virtual_stage),
         vocab_size=arch.padded_vocab_size(groups.tensor_size),
         max_sequence_length=arch.max_positions,
-        pre_process=groups.is_first_stage,
-        post_process=groups.is_last_stage,
+        pre_process=groups.is_first_stage and not virtual_stage,
+        post_process=is_last,
         parallel_output=True,
         share_embeddings_and_output_weights=arch.tied,
         position_embedding_type="rope",
@@ -80,15 +106,11 @@ def build_policy(
         rope_scaling=arch.rope_scaling_factor is not None,
         rope_scaling_factor=arch.rope_scaling_factor or 1.0,
         pg_collection=groups.collection,
-    ).to(platform.device())
-    if seed is not None:
-        initialise(module, arch, groups=groups, seed=seed)
-    if not trainable:
-        module.requires_grad_(False)
-        return ParallelModel(arch, groups, config, module, [module])
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer)
-    wrapped = DistributedDataParallel(config, ddp_config, module, pg_collection=groups.collection)
-    return ParallelModel(arch, groups, config, module, [wrapped])
+        vp_stage=virtual_stage,
+    )
+    if arch.num_scalars and is_last:
+        module.output_layer = ScalarHead(config, arch.num_scalars, groups)
+    return module.to(platform.device())
 
 
 def full_name(name: str, module: GPTModel, arch: Architecture) -> str:
@@ -104,7 +126,7 @@ def full_name(name: str, module: GPTModel, arch: Architecture) -> str:
 @torch.no_grad()
 def initialise(module: GPTModel, arch: Architecture, *, groups: Groups, seed: int) -> None:
     """Norms 1, biases 0, matrices normal(0, ``arch.initializer_range``), those that write into the residual stream divided by
-    sqrt(2 * layers) (GPT-2).
+    sqrt(2 * layers) (GPT-2). A scalar head has 1 / sqrt(hidden + 1).
 
     Each tensor has a generator of its own, seeded by ``seed`` and its `full_name`: no layout changes a single number. The vocabulary's
     padding rows are 0.
@@ -115,13 +137,15 @@ def initialise(module: GPTModel, arch: Architecture, *, groups: Groups, seed: in
             param.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
         size = list(param.shape)
-        size[param.partition_dim] *= groups.tensor_size
-        is_vocabulary = whole_name in ("embedding.word_embeddings.weight", "output_layer.weight")
+        if getattr(param, "tensor_model_parallel", False):
+            size[param.partition_dim] *= groups.tensor_size
+        is_head = whole_name == "output_layer.weight"
+        is_vocabulary = whole_name == "embedding.word_embeddings.weight" or (is_head and not arch.num_scalars)
         rows = arch.vocab_size if is_vocabulary else size[0]
         digest = hashlib.sha256(f"{seed}/{whole_name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         writes_residual = whole_name.endswith(("linear_proj.weight", "linear_fc2.weight"))
-        std = arch.initializer_range
+        std = (arch.hidden_size + 1) ** -0.5 if is_head and arch.num_scalars else arch.initializer_range
         scale = std / math.sqrt(2 * arch.num_layers) if writes_residual else std
         whole = torch.zeros(size)
         whole[:rows] = torch.randn(rows, size[1], generator=generator) * scale

@@ -24,12 +24,13 @@ def transformer_config(
     *,
     tensor: int,
     pipeline: int,
+    virtual: int = 1,
     dtype: torch.dtype,
     sequence_parallel: bool = False,
     recompute: bool = False,
 ) -> TransformerConfig:
-    """Raises ValueError when ``arch`` cannot be cut into tensor x pipeline parts."""
-    arch.check_layout(tensor, pipeline)
+    """Raises ValueError when ``arch`` cannot be cut into tensor x pipeline parts of ``virtual`` chunks each."""
+    arch.check_layout(tensor, pipeline, virtual)
     if sequence_parallel and tensor == 1:
         raise ValueError("parallel.sequence_parallel is true with parallel.tensor 1; it needs parallel.tensor >= 2: turn it off.")
     recomputation = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if recompute else {}
@@ -51,6 +52,11 @@ def transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        # Chunks that alternate between two stages send both ways to the same peer: in one batch the messages are taken for one another,
+        # and the loss is silently wrong.
+        overlap_p2p_comm=virtual > 1,
+        batch_p2p_comm=virtual == 1,
         sequence_parallel=sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -86,9 +92,11 @@ def layer_spec(arch: Architecture) -> ModuleSpec:
     return spec
 
 
-def block_spec(arch: Architecture, config: TransformerConfig, pipeline_rank: int) -> TransformerBlockSubmodules:
-    """The decoder layers of one pipeline stage, and the final norm."""
-    num_layers = get_num_layers_to_build(config, None, pipeline_rank)
+def block_spec(
+    arch: Architecture, config: TransformerConfig, pipeline_rank: int, virtual_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """The decoder layers of one pipeline stage, or of one of its virtual stages, and the final norm."""
+    num_layers = get_num_layers_to_build(config, virtual_stage, pipeline_rank)
     return TransformerBlockSubmodules(layer_specs=[layer_spec(arch)] * num_layers, layer_norm=RMSNorm)
 
 

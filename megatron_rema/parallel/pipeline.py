@@ -67,13 +67,14 @@ def forward_backward(
     """One schedule over ``batches`` (all with the same T, and as many on every data-parallel rank). Gradients are added to the buffers of
     the wrapped chunks and, at the end, summed over data-parallel ranks.
 
+    Several chunks are virtual stages, run interleaved. megatron-core then wants a multiple of the stages as number of microbatches: the
+    last one is repeated as a filler, whose loss is 0 and of which ``loss_fn`` hears nothing. Plan for a multiple where time matters.
+
     Over the wire: activations [T, 1, hidden] between stages (T / tp under sequence parallelism), their gradients back; with backward, one
     sum of all gradients over `groups.dp`, tied embeddings over `groups.embedding`, norms over `groups.tp` under sequence parallelism.
 
     Returns the stats that ``loss_fn`` gave for each microbatch, on the last stage; [] on every other.
     """
-    if len(chunks) != 1:
-        raise ValueError(f"got {len(chunks)} model chunks; virtual pipeline stages are not supported: build one chunk per rank.")
     if not batches:
         raise ValueError("forward_backward got no microbatch; every rank needs at least one: plan at least one per data-parallel rank.")
     lengths = {len(batch.tokens) for batch in batches}
@@ -87,21 +88,27 @@ def forward_backward(
             f"sequence parallelism needs microbatches of a multiple of {groups.tensor_size} tokens; got {num_tokens}: pad more."
         )
     assert config.calculate_per_token_loss, "megatron would average the loss"
+    interleaved = len(chunks) > 1
+    assert len(chunks) == (config.virtual_pipeline_model_parallel_size or 1), "chunks and config are of different models"
+    assert not interleaved or (config.overlap_p2p_comm and not config.batch_p2p_comm), "interleaved messages would be mixed up"
+    fillers = -len(batches) % groups.pipeline_size if interleaved else 0
+    rounds = [(batch, loss_fn) for batch in batches] + [(batches[-1], _zero_loss)] * fillers
 
     def forward_step(microbatches, chunk: nn.Module):
-        batch = _on_device(next(microbatches))
+        batch, batch_loss = next(microbatches)
+        batch = _on_device(batch)
         # [1, T, V/tp] on the last stage, activations on every other
         logits = chunk(batch.tokens[None], batch.positions[None], None, packed_seq_params=packing_of(batch))
-        return logits, functools.partial(_loss_and_stats, loss_fn, batch)
+        return logits, functools.partial(_loss_and_stats, batch_loss, batch)
 
     config.finalize_model_grads_func = _sum_gradients
-    schedule = get_forward_backward_func(pp_size=groups.pipeline_size, vp_size=None)
+    schedule = get_forward_backward_func(pp_size=groups.pipeline_size, vp_size=len(chunks) if interleaved else None)
     with torch.set_grad_enabled(not forward_only):
-        return schedule(
+        results = schedule(
             forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=chunks[0],
-            num_microbatches=len(batches),
+            data_iterator=[iter(rounds) for _ in chunks] if interleaved else iter(rounds),
+            model=chunks if interleaved else chunks[0],
+            num_microbatches=len(rounds),
             seq_length=num_tokens,
             decoder_seq_length=num_tokens,
             micro_batch_size=1,
@@ -109,6 +116,7 @@ def forward_backward(
             p2p_communicator=P2PCommunicator(pp_group=groups.pp, config=config),
             pg_collection=groups.collection,
         )
+    return results[: len(batches)]
 
 
 def _on_device(batch: Batch) -> Batch:
@@ -122,6 +130,10 @@ def _loss_and_stats(loss_fn: LossFn, batch: Batch, logits: Tensor) -> tuple[Tens
     """megatron's three values: with ``calculate_per_token_loss`` the loss goes to backward as it is; the count is only carried along."""
     loss, stats = loss_fn(logits[0], batch)
     return loss, torch.zeros([], dtype=torch.int, device=logits.device), stats
+
+
+def _zero_loss(outputs: Tensor, batch: Batch) -> tuple[Tensor, Stats]:
+    return outputs.sum() * 0.0, {}
 
 
 def _sum_gradients(chunks: list[nn.Module], num_tokens: Tensor | None = None, **kwargs) -> None:

@@ -54,29 +54,59 @@ def read_prompts(
     return prompts
 
 
+@dataclass(frozen=True)
+class WrittenPair:
+    """Two dialogues about one question, one preferred. ``margin``: by how much its score should be larger, at least."""
+
+    question: str
+    chosen: tuple[tuple[Role, str], ...]
+    rejected: tuple[tuple[Role, str], ...]
+    margin: float = 0.0
+
+
 def read_dialogues(path: str | Path) -> list[WrittenDialogue]:
     """Rows {"question", "answer", "turns": [{"role", "text"}, ...]}: meta_thinking and reasoning in turn, or reasoning once."""
-    dialogues: list[WrittenDialogue] = []
-    for where, _, row in _rows(path):
-        turns = row.get("turns")
-        if not isinstance(turns, list) or not turns:
-            raise ValueError(f"{where}: field 'turns' must be a list with at least one turn, got {_brief(turns)}.")
-        spoken: list[tuple[Role, str]] = []
-        for i, turn in enumerate(turns):
-            if not isinstance(turn, dict):
-                raise ValueError(f"{where}: field 'turns[{i}]' must be an object with 'role' and 'text', got {_brief(turn)}.")
-            named = turn.get("role")
-            if named not in list(Role):
-                raise ValueError(f"{where}: field 'turns[{i}].role' must be one of {[str(r) for r in Role]}, got {_brief(named)}.")
-            role = Role(named)
-            expected = Role.REASONING if len(turns) == 1 or i % 2 else Role.META_THINKING
-            if role is not expected:
-                raise ValueError(f"{where}: field 'turns[{i}].role' is {str(role)!r} where {str(expected)!r} must speak: roles alternate.")
-            spoken.append((role, _text(turn, "text", where, shown_as=f"turns[{i}].text")))
-        dialogues.append(WrittenDialogue(_text(row, "question", where), _text(row, "answer", where), tuple(spoken)))
+    dialogues = [
+        WrittenDialogue(_text(row, "question", where), _text(row, "answer", where), _turns(row, "turns", where))
+        for where, _, row in _rows(path)
+    ]
     if not dialogues:
         raise ValueError(f"{path}: no rows. Give a file with at least one dialogue.")
     return dialogues
+
+
+def read_pairs(path: str | Path) -> list[WrittenPair]:
+    """Rows {"question", "chosen": [{"role", "text"}, ...], "rejected": [...]}, and optionally "margin"."""
+    pairs = []
+    for where, _, row in _rows(path):
+        margin = row.get("margin", 0.0)
+        if not isinstance(margin, int | float) or isinstance(margin, bool):
+            raise ValueError(f"{where}: field 'margin' must be a number, got {_brief(margin)}.")
+        pairs.append(
+            WrittenPair(_text(row, "question", where), _turns(row, "chosen", where), _turns(row, "rejected", where), float(margin))
+        )
+    if not pairs:
+        raise ValueError(f"{path}: no rows. Give a file with at least one pair.")
+    return pairs
+
+
+def _turns(row: dict[str, Any], key: str, where: str) -> tuple[tuple[Role, str], ...]:
+    turns = row.get(key)
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"{where}: field {key!r} must be a list with at least one turn, got {_brief(turns)}.")
+    spoken: list[tuple[Role, str]] = []
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, dict):
+            raise ValueError(f"{where}: field '{key}[{i}]' must be an object with 'role' and 'text', got {_brief(turn)}.")
+        named = turn.get("role")
+        if named not in list(Role):
+            raise ValueError(f"{where}: field '{key}[{i}].role' must be one of {[str(r) for r in Role]}, got {_brief(named)}.")
+        role = Role(named)
+        expected = Role.REASONING if len(turns) == 1 or i % 2 else Role.META_THINKING
+        if role is not expected:
+            raise ValueError(f"{where}: field '{key}[{i}].role' is {str(role)!r} where {str(expected)!r} must speak: roles alternate.")
+        spoken.append((role, _text(turn, "text", where, shown_as=f"{key}[{i}].text")))
+    return tuple(spoken)
 
 
 class PromptStream:

@@ -20,28 +20,32 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
+from megatron_rema.tasks.expression import (
+    MAX_VALUE,
+    OPERATIONS,
+    Expression,
+    draw,
+    next_operation,
+    replace_next,
+    show,
+    value_of,
+)
 from megatron_rema.tasks.tokenizer import END_ID, PAD_ID, build_tokenizer, save_tokenizer
 from megatron_rema.types import Prompt, Role
 
 SYSTEM_PROMPTS = {Role.META_THINKING: "Plan.", Role.REASONING: "Solve."}
 REASONER_TEMPLATE = "{question}\n{instruction}"
 FINISH_MARKER = "[FINISH]"
-MAX_VALUE = 20  # every value on the way lies in 0..MAX_VALUE
-MAX_OPERAND = 9  # numbers in the question lie in 1..MAX_OPERAND
 # Dialogues take these in turn. RL trains on levels 2 and 3; without dialogues of level 4 hardly one such problem is solved.
 COLD_START_LEVELS = (1, 2, 3, 1, 2, 3, 4)
 MAX_ROUNDS = 8  # rounds of an episode; a written dialogue in an echo trap fills them
 
-OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 WORDS = (
     *(str(n) for n in range(10, 100)),
     *("system\n", "user\n", "assistant\n", *SYSTEM_PROMPTS.values(), "\\boxed{", FINISH_MARKER),
 )
-
-# A number, or (operator, left, right).
-Expression: TypeAlias = "int | tuple[str, Expression, Expression]"
 
 
 @dataclass(frozen=True)
@@ -102,50 +106,6 @@ def is_heldout(question: str) -> bool:
     return hashlib.blake2b(question.encode(), digest_size=8).digest()[0] % 10 == 0
 
 
-def draw(rng: random.Random, level: int) -> Expression:
-    """A random expression of ``level`` operations whose every value lies in 0..MAX_VALUE (by rejection)."""
-    if level < 1:
-        raise ValueError(f"level is {level}; it is the number of operations and must be at least 1.")
-    while True:
-        expression = _draw_tree(rng, level)
-        if value_of(expression) is not None:
-            return expression
-
-
-def show(expression: Expression) -> str:
-    """Fully parenthesised, but for the outermost pair."""
-    if isinstance(expression, int):
-        return str(expression)
-    operator, left, right = expression
-    return operator.join(str(side) if isinstance(side, int) else f"({show(side)})" for side in (left, right))
-
-
-def value_of(expression: Expression) -> int | None:
-    """None when some value on the way leaves 0..MAX_VALUE."""
-    if isinstance(expression, int):
-        return expression
-    operator, left, right = expression
-    a, b = value_of(left), value_of(right)
-    if a is None or b is None:
-        return None
-    value = OPERATIONS[operator](a, b)
-    return value if 0 <= value <= MAX_VALUE else None
-
-
-def next_operation(expression: Expression) -> Expression:
-    """The leftmost sub-expression whose two sides are numbers."""
-    _, left, right = expression
-    return next_operation(left) if isinstance(left, tuple) else next_operation(right) if isinstance(right, tuple) else expression
-
-
-def replace_next(expression: Expression, value: int) -> Expression:
-    """``expression`` with its `next_operation` replaced by ``value``."""
-    operator, left, right = expression
-    if isinstance(left, tuple):
-        return (operator, replace_next(left, value), right)
-    return (operator, left, replace_next(right, value)) if isinstance(right, tuple) else value
-
-
 def write_dialogue(rng: random.Random, expression: Expression, imperfections: Imperfections = NONE) -> WrittenTurns:
     """A dialogue about ``expression``. After a mistake both agents go on with what was said, as they would in play.
 
@@ -204,10 +164,23 @@ def write_dialogues(
         planted, chances = planted + dialogue.planted, chances + dialogue.chances
         answer = str(value_of(expression))
         num_correct += dialogue.texts[-2:] == (FINISH_MARKER, f"\\boxed{{{answer}}}")
-        turns = [{"role": str(role), "text": text} for role, text in zip(_alternating(len(dialogue.texts)), dialogue.texts, strict=True)]
-        rows.append({"question": show(expression), "answer": answer, "turns": turns})
+        rows.append({"question": show(expression), "answer": answer, "turns": _turns(dialogue)})
     counts = {name: {"planted": planted[name], "chances": chances[name]} for name in asdict(imperfections)}
     return rows, {"dialogues": num, "correct": num_correct, **counts}
+
+
+def write_pairs(seed: int, num: int, levels: Sequence[int], imperfections: Imperfections, *, heldout: bool) -> list[dict[str, Any]]:
+    """``num`` rows {"question", "chosen": turns, "rejected": turns}: a flawless dialogue, and one whose flaws cost it the answer."""
+    rng = random.Random(f"{seed}/pairs/{heldout}")
+    rows: list[dict[str, Any]] = []
+    while len(rows) < num:
+        expression = _draw_on_side(rng, levels[len(rows) % len(levels)], heldout)
+        chosen = write_dialogue(rng, expression)
+        rejected = write_dialogue(rng, expression, imperfections)
+        if rejected.texts[-2:] == chosen.texts[-2:]:
+            continue  # flawless by luck, or right all the same
+        rows.append({"question": show(expression), "chosen": _turns(chosen), "rejected": _turns(rejected)})
+    return rows
 
 
 def model_config(vocab_size: int) -> dict[str, Any]:
@@ -249,12 +222,14 @@ def write_task(
     num_heldout: int = 200,
     num_ood: int = 200,
     num_dialogues: int = 10000,
+    num_pairs: int = 4000,
+    num_heldout_pairs: int = 400,
     levels: Sequence[int] = (2, 3),
     ood_levels: Sequence[int] = (4,),
     cold_start_levels: Sequence[int] = COLD_START_LEVELS,
     imperfections: Imperfections = PLANTED,
 ) -> dict[str, Any]:
-    """Writes train.jsonl, heldout.jsonl, ood.jsonl, cold_start.jsonl, model/ (config and tokenizer, no weights) and manifest.json.
+    """Writes train, heldout, ood, cold_start, preferences and preferences_heldout .jsonl, model/ (config, tokenizer), manifest.json.
 
     Returns the manifest: arguments, rows per file and level, imperfections planted. Refuses a folder that exists and is not empty.
     """
@@ -285,15 +260,10 @@ def write_task(
         rows = ({"question": p.question, "answer": p.answer, "level": p.level, "subset": p.subset} for p in prompts)
         _write_jsonl(out / f"{name}.jsonl", rows)
     _write_jsonl(out / "cold_start.jsonl", dialogues)
+    _write_jsonl(out / "preferences.jsonl", write_pairs(seed, num_pairs, levels, imperfections, heldout=False))
+    _write_jsonl(out / "preferences_heldout.jsonl", write_pairs(seed, num_heldout_pairs, levels, imperfections, heldout=True))
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")  # last: its presence says that the folder is complete
     return manifest
-
-
-def _draw_tree(rng: random.Random, level: int) -> Expression:
-    if level == 0:
-        return rng.randint(1, MAX_OPERAND)
-    num_left = rng.randrange(level)
-    return (rng.choice("+-*"), _draw_tree(rng, num_left), _draw_tree(rng, level - 1 - num_left))
 
 
 def _draw_on_side(rng: random.Random, level: int, heldout: bool) -> Expression:
@@ -311,8 +281,8 @@ def _changed(rng: random.Random, operation: Expression) -> Expression:
     return rng.choice([c for c in changes if min(c[1:]) >= 0 and max(c[1:]) <= MAX_VALUE and value_of(c) is not None])
 
 
-def _alternating(num_turns: int) -> list[Role]:
-    return [Role.META_THINKING, Role.REASONING] * (num_turns // 2)
+def _turns(dialogue: WrittenTurns) -> list[dict[str, str]]:
+    return [{"role": str(tuple(Role)[i % 2]), "text": text} for i, text in enumerate(dialogue.texts)]
 
 
 def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

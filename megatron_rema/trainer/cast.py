@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,20 +14,28 @@ import torch.distributed as dist
 
 from megatron_rema.architecture import Architecture
 from megatron_rema.bridge.weights import iterate_hf_tensors, load_hf, save_hf
-from megatron_rema.config import RunConfig
+from megatron_rema.config import LayoutConfig, RunConfig
 from megatron_rema.engine.start import build_engine
 from megatron_rema.models.optimizer import Optimizer, build_optimizer
 from megatron_rema.models.policy import ParallelModel, build_policy
 from megatron_rema.parallel import platform
-from megatron_rema.parallel.groups import Groups
+from megatron_rema.parallel.groups import Groups, build_groups
 from megatron_rema.rollout.chat import ChatFormat
 from megatron_rema.rollout.dialogue import DialogueRules
 from megatron_rema.types import Engine, Role
 
 
 @dataclass(frozen=True)
+class Critic:
+    """A value model and its optimizer."""
+
+    model: ParallelModel
+    optimizer: Optimizer
+
+
+@dataclass(frozen=True)
 class Policy:
-    """One trained set of weights. ``reference`` is its frozen copy from the start of the run, or None when no KL is asked for."""
+    """One trained set of weights. ``reference``: its frozen copy from the start of the run; ``critic``: what predicts its returns."""
 
     name: str
     path: str  # Hugging Face folder it started from: config and tokenizer for engines and exports
@@ -35,6 +43,7 @@ class Policy:
     model: ParallelModel
     optimizer: Optimizer
     reference: ParallelModel | None
+    critic: Critic | None
 
 
 @contextmanager
@@ -74,48 +83,91 @@ def dialogue_rules(config: RunConfig) -> DialogueRules:
     )
 
 
+class Layouts:
+    """The process groups of every layout in use: models that ask for the same cut share them."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, int], Groups] = {}
+
+    def groups(self, layout: LayoutConfig) -> Groups:
+        """A collective the first time a layout is asked for: every rank asks in the same order."""
+        key = (layout.tensor, layout.pipeline)
+        if key not in self._made:
+            self._made[key] = build_groups(tensor=layout.tensor, pipeline=layout.pipeline)
+        return self._made[key]
+
+
+def build_model(
+    config: RunConfig,
+    arch: Architecture,
+    path: str | Path,
+    layout: LayoutConfig,
+    layouts: Layouts,
+    *,
+    trainable: bool,
+    random: bool = False,
+    fresh_head: bool = False,
+) -> ParallelModel:
+    """One model at its layout, filled from a Hugging Face folder, or ``random``: drawn from ``seed``. ``fresh_head``: the head is drawn."""
+    groups = layouts.groups(layout)
+    model = build_policy(
+        arch,
+        groups=groups,
+        dtype=getattr(torch, config.model.dtype),
+        trainable=trainable,
+        seed=config.seed if random or fresh_head else None,
+        sequence_parallel=layout.sequence_parallel,
+        recompute=layout.recompute,
+        distributed_optimizer=layout.distributed_optimizer and trainable,
+    )
+    if not random:
+        load_hf(model.module, arch, path, groups, fresh_head=fresh_head)
+    return model
+
+
+def adam(config: RunConfig, model: ParallelModel, *, lr: float, total_steps: int) -> Optimizer:
+    """The configured optimizer over one model, at its own peak learning rate. A collective of the world."""
+    optimizer = config.optimizer
+    return build_optimizer(
+        model,
+        lr=lr,
+        min_lr=min(optimizer.min_lr, lr),
+        schedule=optimizer.schedule,
+        warmup_steps=optimizer.warmup_steps,
+        total_steps=total_steps,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        grad_clip=optimizer.grad_clip,
+    )
+
+
 def build_policies(
-    config: RunConfig, architectures: Mapping[str, Architecture], groups: Groups, *, total_steps: int, with_reference: bool
+    config: RunConfig, architectures: Mapping[str, Architecture], layouts: Layouts, *, total_steps: int, with_others: bool
 ) -> dict[str, Policy]:
-    """Weights on megatron-core at the configured layout, filled from Hugging Face folders or drawn from ``seed``. A collective."""
-    parallel, optimizer = config.parallel, config.optimizer
-    dtype = getattr(torch, config.model.dtype)
+    """Every policy on megatron-core at parallel.actor; ``with_others``: its reference and critic too, where the objective asks for them."""
+    parallel, random = config.parallel, config.model.init == "random"
     policies = {}
     for name, policy in config.agents.policies.items():
-        path = config.model_path(name)
-
-        def weights(trainable: bool, name: str = name, path: str = path) -> ParallelModel:
-            is_random = config.model.init == "random"
-            model = build_policy(
-                architectures[name],
-                groups=groups,
-                dtype=dtype,
-                trainable=trainable,
-                seed=config.seed if is_random else None,
-                sequence_parallel=parallel.sequence_parallel,
-                recompute=parallel.recompute,
-                distributed_optimizer=parallel.distributed_optimizer,
-            )
-            if not is_random:
-                load_hf(model.module, architectures[name], path, groups)
-            return model
-
-        model = weights(trainable=True)
-        adam = build_optimizer(
-            model,
-            lr=optimizer.lr,
-            min_lr=optimizer.min_lr,
-            schedule=optimizer.schedule,
-            warmup_steps=optimizer.warmup_steps,
-            total_steps=total_steps,
-            betas=(optimizer.beta1, optimizer.beta2),
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            grad_clip=optimizer.grad_clip,
-        )
-        reference = weights(trainable=False) if with_reference else None
-        policies[name] = Policy(name, path, tuple(policy.roles), model, adam, reference)
+        path, arch = config.model_path(name), architectures[name]
+        model = build_model(config, arch, path, parallel.actor, layouts, trainable=True, random=random)
+        optimizer = adam(config, model, lr=config.optimizer.lr, total_steps=total_steps)
+        reference = critic = None
+        if with_others and config.algorithm.kl_coef > 0:
+            reference = build_model(config, arch, path, parallel.layout("reference"), layouts, trainable=False, random=random)
+        if with_others and config.algorithm.advantage == "gae":
+            trunk = replace(arch, num_scalars=1, tied=False)
+            layout = parallel.layout("critic")
+            values = build_model(config, trunk, config.critic.path or path, layout, layouts, trainable=True, random=random, fresh_head=True)
+            critic = Critic(values, adam(config, values, lr=config.critic.lr, total_steps=total_steps))
+        policies[name] = Policy(name, path, tuple(policy.roles), model, optimizer, reference, critic)
     return policies
+
+
+def trained(policies: Mapping[str, Policy]) -> dict[str, Policy | Critic]:
+    """Everything that learns, by the name that checkpoints use."""
+    critics = {f"{name}_critic": policy.critic for name, policy in policies.items() if policy.critic is not None}
+    return {**policies, **critics}
 
 
 def build_engines(config: RunConfig, *, max_num_seqs: int | None = None) -> dict[str, Engine]:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rema.config import ConfigError, RunConfig, as_mapping
-from megatron_rema.parallel.groups import build_groups
-from megatron_rema.parallel.pipeline import forward_backward, reduce_stats
+from megatron_rema.config import ConfigError, RunConfig
+from megatron_rema.parallel.pipeline import reduce_stats
 from megatron_rema.parallel.vocab import vocab_parallel_logprobs_and_entropy
 from megatron_rema.report.page import write_report
 from megatron_rema.rollout.traces import traces_of_dialogue
-from megatron_rema.trainer import state
-from megatron_rema.trainer.cast import Policy, build_policies, chat_format, dialogue_rules, export_hf, process_group
+from megatron_rema.trainer.cast import Layouts, Policy, build_policies, chat_format, dialogue_rules, export_hf, process_group
 from megatron_rema.trainer.experience import pack_for_rank
 from megatron_rema.trainer.inputs import Inputs
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
+from megatron_rema.trainer.supervised import fit
 from megatron_rema.types import Batch, Trace
 
 
@@ -42,49 +39,23 @@ def train(config: RunConfig, inputs: Inputs) -> None:
         first = dist.get_rank() == 0
         dist.barrier()  # every rank has looked at run_dir before rank 0 makes it
         reporter, folder = Reporter(speaks=first), RunFolder(config.run_dir, writes=first)
-        groups = build_groups(tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
-        policies = build_policies(config, inputs.architectures, groups, total_steps=max(config.trainer.steps, 1), with_reference=False)
-        position = state.restore(config, policies, folder)
-        folder.write_config(as_mapping(config))
-        reporter.say(f"{len(dialogues)} dialogues, {config.trainer.steps} steps of {config.trainer.global_batch_dialogues}")
-        with reporter.run("cold start", total=config.trainer.steps, done=position.step):
-            while position.step < config.trainer.steps:
-                begin = time.perf_counter()
-                chosen = _draw(dialogues, config.trainer.global_batch_dialogues, position.prompts_taken, config.seed)
-                metrics: dict[str, float] = {}
-                for policy in policies.values():
-                    prefix = f"train/{policy.name}/" if len(policies) > 1 else "train/"
-                    traces = [trace for dialogue in chosen for trace in dialogue if trace.role in policy.roles]
-                    metrics |= {prefix + name: value for name, value in _update(policy, traces, config).items()}
-                position.step += 1
-                position.prompts_taken += len(chosen)
-                seconds = time.perf_counter() - begin
-                folder.metrics({"step": position.step, "weight_version": 0, "time_s": seconds, **metrics})
-                if position.step % 20 == 0 or position.step == config.trainer.steps:
-                    losses = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name.endswith("loss"))
-                    reporter.step_done(position.step, f"{losses}  {seconds:.2f} s")
-                every = config.trainer.checkpoint_every
-                if position.step == config.trainer.steps or (every and position.step % every == 0):
-                    state.save(folder.checkpoints, position, policies, keep=config.trainer.keep_checkpoints)
+        policies = build_policies(config, inputs.architectures, Layouts(), total_steps=max(config.trainer.steps, 1), with_others=False)
+
+        def step(chosen: list[list[Trace]]) -> dict[str, float]:
+            metrics: dict[str, float] = {}
+            for policy in policies.values():
+                prefix = f"train/{policy.name}/" if len(policies) > 1 else "train/"
+                traces = [trace for dialogue in chosen for trace in dialogue if trace.role in policy.roles]
+                metrics |= {prefix + name: value for name, value in _update(policy, traces, config).items()}
+            return metrics
+
+        fit(config, "cold start", dialogues, learners=policies, update=step, folder=folder, reporter=reporter)
         if config.trainer.save_hf:
             for path in export_hf(policies, folder.path / "hf"):
                 reporter.say(f"policy exported: {path}")
         if first:
             reporter.say(f"report: {write_report(folder.path)}")
         dist.barrier()
-
-
-def _draw(dialogues: Sequence[list[Trace]], count: int, taken: int, seed: int) -> list[list[Trace]]:
-    """The ``count`` dialogues from place ``taken`` on, in an order shuffled anew each epoch: a function of (seed, taken) alone."""
-    chosen = []
-    size = len(dialogues)
-    orders: dict[int, list[int]] = {}
-    for place in range(taken, taken + count):
-        epoch = place // size
-        if epoch not in orders:
-            orders[epoch] = random.Random(f"{seed}/{epoch}").sample(range(size), size)
-        chosen.append(dialogues[orders[epoch][place % size]])
-    return chosen
 
 
 def _update(policy: Policy, traces: Sequence[Trace], config: RunConfig) -> dict[str, float]:
@@ -102,6 +73,6 @@ def _update(policy: Policy, traces: Sequence[Trace], config: RunConfig) -> dict[
         return total, {"loss": total.detach(), "tokens": batch.loss_mask.sum()}
 
     policy.optimizer.zero_grad()
-    stats = reduce_stats(forward_backward(model.chunks, model.config, batches, loss, groups=model.groups), model.groups)
+    stats = reduce_stats(model.forward_backward(batches, loss), model.groups)
     result = policy.optimizer.step()
     return {**stats, "grad_norm": result.grad_norm, "skipped_updates": float(result.skipped), "lr": result.lr}

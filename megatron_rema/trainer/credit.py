@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from megatron_rema.algorithm.advantage import group_advantage, reinforce_plus_plus
+from megatron_rema.algorithm.gae import gae
+from megatron_rema.algorithm.masked import weighted_whiten
 from megatron_rema.config import AlgorithmConfig
-from megatron_rema.types import Episode, Role
+from megatron_rema.types import Episode, Role, Trace
 
 
 def assign_advantages(episodes: Sequence[Episode], roles: Sequence[Role], algorithm: AlgorithmConfig) -> None:
@@ -37,3 +40,39 @@ def assign_advantages(episodes: Sequence[Episode], roles: Sequence[Role], algori
                 played, rewards, group_advantage(totals, group_ids, estimator=algorithm.advantage).tolist(), strict=True
             ):
                 episode.advantages[role] = [value] * len(turns)
+
+
+def generalized_advantages(traces: Sequence[Trace], values: Sequence[Tensor], algorithm: AlgorithmConfig) -> dict[str, list[Tensor]]:
+    """Columns ``advantages`` (whitened over every own token of the step) and ``returns``, [L-1] a trace, from the critic's ``values``.
+
+    A turn's reward stands on its last token.
+    """
+    sizes = [len(trace.token_ids) - 1 for trace in traces]
+    mask_T = torch.tensor([own for trace in traces for own in trace.loss_mask[1:]])
+    first_turn = 0
+    turn_ids: list[int] = []
+    rewards: list[Tensor] = []
+    for trace in traces:
+        own = torch.tensor(trace.turn_ids[1:])
+        rewards_L = torch.zeros(len(own))
+        for turn, reward in enumerate(trace.turn_rewards):
+            places = (own == turn).nonzero()
+            if len(places):
+                rewards_L[places[-1]] = reward
+        rewards.append(rewards_L)
+        turn_ids += torch.where(own >= 0, own + first_turn, -1).tolist()
+        first_turn += 1 + max(trace.turn_ids)
+    advantages_T, returns_T = gae(
+        torch.cat(rewards),
+        torch.cat(list(values)),
+        torch.tensor(turn_ids),
+        torch.repeat_interleave(torch.arange(len(traces)), torch.tensor(sizes)),
+        mask_T,
+        discount=algorithm.discount,
+        gae_lambda=algorithm.gae_lambda,
+        turn_discount=algorithm.turn_discount,
+        turn_lambda=algorithm.turn_lambda,
+    )
+    white_T = torch.zeros_like(advantages_T)
+    white_T[mask_T] = weighted_whiten(advantages_T[mask_T], torch.ones(int(mask_T.sum())))
+    return {"advantages": list(white_T.split(sizes)), "returns": list(returns_T.split(sizes))}

@@ -5,14 +5,14 @@ Shapes: T label positions of one packed batch, K turns of one trace, L tokens of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 
 from megatron_rema.algorithm.losses import aggregation_weights
 from megatron_rema.parallel.groups import Groups
-from megatron_rema.parallel.microbatch import padded_tokens, plan_microbatches
+from megatron_rema.parallel.microbatch import Plan, padded_tokens, plan_microbatches
 from megatron_rema.parallel.platform import device
 from megatron_rema.types import Batch, Trace
 
@@ -37,10 +37,11 @@ def is_trainable(trace: Trace) -> bool:
     return any(trace.loss_mask[1:])
 
 
-def pack(traces: Sequence[Trace], length: int) -> Batch:
+def pack(traces: Sequence[Trace], length: int, columns: Mapping[str, Sequence[torch.Tensor]] | None = None) -> Batch:
     """Lay traces end to end in ``length`` positions; what is left becomes padding sequences, none longer than the longest trace.
 
-    A trace of L tokens takes L-1 positions: its last token is only ever a label.
+    A trace of L tokens takes L-1 positions: its last token is only ever a label. ``columns`` are further per-token fields of Batch
+    (old_logprobs, values, ...), one [L-1] tensor a trace; where given, they stand instead of what the traces say.
     Raises ValueError when the traces do not fit.
     """
     sizes = [len(trace.token_ids) - 1 for trace in traces]
@@ -72,7 +73,7 @@ def pack(traces: Sequence[Trace], length: int) -> Batch:
         trace_ids += [index] * size
     positions = torch.cat([torch.arange(size) for size in [*sizes, *padding]])
     boundaries = torch.tensor([0, *sizes, *padding], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return Batch(
+    batch = Batch(
         tokens=torch.tensor(tokens + [0] * rest),
         labels=torch.tensor(labels + [0] * rest),
         positions=positions,
@@ -85,21 +86,36 @@ def pack(traces: Sequence[Trace], length: int) -> Batch:
         rollout_logprobs=torch.tensor(rollout_logprobs + [0.0] * rest),
         advantages=torch.tensor(advantages + [0.0] * rest),
     )
+    padded = {name: torch.cat([*pieces, torch.zeros(rest)]) for name, pieces in (columns or {}).items()}
+    return replace(batch, **padded)
 
 
-def pack_for_rank(traces: Sequence[Trace], *, aggregation: str, max_turns: int, microbatch_tokens: int, groups: Groups) -> list[Batch]:
-    """This data-parallel rank's microbatches of one optimizer step, all of one length, loss weights set.
-
-    ``max_turns`` (of the protocol, not of the data) scales the ``constant`` aggregation.
-    Every rank passes the same traces: the plan and the global counts need no communication.
-    """
+def plan_for(traces: Sequence[Trace], *, microbatch_tokens: int, groups: Groups) -> tuple[Plan, int]:
+    """Who trains on which trace in which microbatch, and the length of all microbatches. Equal on all ranks without communication."""
     lengths, multiple = [len(trace.token_ids) - 1 for trace in traces], 8 * groups.tensor_size
     plan = plan_microbatches(lengths, max_tokens=microbatch_tokens, num_ranks=groups.data_size, multiple=multiple)
-    length = padded_tokens(plan, lengths, multiple=multiple)
+    return plan, padded_tokens(plan, lengths, multiple=multiple)
+
+
+def pack_for_rank(
+    traces: Sequence[Trace],
+    *,
+    aggregation: str,
+    max_turns: int,
+    microbatch_tokens: int,
+    groups: Groups,
+    columns: Mapping[str, Sequence[torch.Tensor]] | None = None,
+) -> list[Batch]:
+    """This data-parallel rank's microbatches of one optimizer step, all of one length, loss weights set.
+
+    ``max_turns`` (of the protocol, not of the data) scales the ``constant`` aggregation. ``columns``: see `pack`.
+    Every rank passes the same traces: the plan and the global counts need no communication.
+    """
+    plan, length = plan_for(traces, microbatch_tokens=microbatch_tokens, groups=groups)
     counts = Counts.of(traces)
     batches = []
     for indices in plan[groups.data_rank]:
-        batch = pack([traces[i] for i in indices], length)
+        batch = pack([traces[i] for i in indices], length, {name: [column[i] for i in indices] for name, column in (columns or {}).items()})
         batch.loss_weights = aggregation_weights(
             batch.turn_ids,
             batch.trace_ids,
@@ -111,10 +127,11 @@ def pack_for_rank(traces: Sequence[Trace], *, aggregation: str, max_turns: int, 
             num_traces_global=counts.num_traces,
             max_turns=max_turns,
         )
-        batches.append(_to_device(batch))
+        batches.append(to_device(batch))
     return batches
 
 
-def _to_device(batch: Batch) -> Batch:
+def to_device(batch: Batch) -> Batch:
+    """Every tensor of the batch where this process computes."""
     tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if isinstance(getattr(batch, f.name), torch.Tensor)}
     return replace(batch, **{name: tensor.to(device()) for name, tensor in tensors.items()})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_rema.architecture import Architecture
 from megatron_rema.config import ConfigError, RunConfig, check_file, check_run_dir
-from megatron_rema.rollout.dataset import WrittenDialogue, read_dialogues, read_prompts
+from megatron_rema.rollout.dataset import WrittenDialogue, WrittenPair, read_dialogues, read_pairs, read_prompts
 from megatron_rema.types import Prompt
 
 
@@ -20,6 +20,9 @@ class Inputs:
     prompts: Sequence[Prompt] = ()
     evaluation_sets: dict[str, list[Prompt]] | None = None
     dialogues: Sequence[WrittenDialogue] = ()
+    pairs: Sequence[WrittenPair] = ()
+    heldout_pairs: Sequence[WrittenPair] = ()
+    reward_model: Architecture | None = None
 
 
 def read_for_training(config: RunConfig) -> Inputs:
@@ -27,7 +30,12 @@ def read_for_training(config: RunConfig) -> Inputs:
     check_run_dir(config.run_dir, config.resume)
     architectures = _architectures(config)
     check_file("task.train_file", config.task.train_file)
-    return Inputs(architectures, prompts=_prompts(config, config.task.train_file), evaluation_sets=_evaluation_sets(config))
+    return Inputs(
+        architectures,
+        prompts=_prompts(config, config.task.train_file),
+        evaluation_sets=_evaluation_sets(config),
+        reward_model=_reward_model(config, architectures),
+    )
 
 
 def read_for_cold_start(config: RunConfig) -> Inputs:
@@ -42,6 +50,42 @@ def read_for_evaluation(config: RunConfig) -> Inputs:
     """Inputs of ``evaluate``."""
     check_run_dir(config.run_dir, config.resume)
     return Inputs(_architectures(config), evaluation_sets=_evaluation_sets(config))
+
+
+def read_for_reward_model(config: RunConfig) -> Inputs:
+    """Inputs of ``train_reward_model``: pairs, and the one trunk at model.path."""
+    check_run_dir(config.run_dir, config.resume)
+    arch = Architecture.from_pretrained(config.model.path)
+    layout = config.parallel.layout("reward_model")
+    arch.check_layout(layout.tensor, layout.pipeline)
+    check_file("task.preference_file", config.task.preference_file)
+    heldout = config.task.preference_heldout_file
+    if heldout is not None:
+        check_file("task.preference_heldout_file", heldout)
+    return Inputs(
+        {"reward_model": arch}, pairs=read_pairs(config.task.preference_file), heldout_pairs=read_pairs(heldout) if heldout else ()
+    )
+
+
+def _reward_model(config: RunConfig, architectures: dict[str, Architecture]) -> Architecture | None:
+    """The reward model that scores episodes, which must read the policies' tokens."""
+    if config.reward.model_path is None:
+        return None
+    path = Path(config.reward.model_path)
+    check_file("reward.model_path", str(path))
+    arch = Architecture.from_pretrained(path)
+    if arch.num_scalars == 0:
+        raise ConfigError(
+            f"reward.model_path {path} is a language model; it must be a sequence-classification folder: train_reward_model writes one."
+        )
+    layout = config.parallel.layout("reward_model")
+    arch.check_layout(layout.tensor, layout.pipeline)
+    policy = Path(config.model_path(next(iter(architectures))))
+    if (path / "tokenizer.json").read_bytes() != (policy / "tokenizer.json").read_bytes():
+        raise ConfigError(
+            f"reward.model_path {path} has another tokenizer than {policy}; a reward model reads the policies' tokens as they are."
+        )
+    return arch
 
 
 def _prompts(config: RunConfig, file: str, limit: int | None = None) -> list[Prompt]:
@@ -66,7 +110,9 @@ def _architectures(config: RunConfig) -> dict[str, Architecture]:
         if not path.is_dir():
             raise ConfigError(f"model.path of policy {name} is {path}; no such folder: give a Hugging Face checkpoint folder.")
         arch = Architecture.from_pretrained(path)
-        arch.check_layout(config.parallel.tensor, config.parallel.pipeline)
+        for model in ("actor", "critic", "reference"):
+            layout = config.parallel.layout(model)
+            arch.check_layout(layout.tensor, layout.pipeline)
         if not (path / "tokenizer.json").exists():
             raise ConfigError(f"model.path {path} has no tokenizer.json; dialogues need the model's tokenizer: copy its files there.")
         tokenizers[name] = (path / "tokenizer.json").read_bytes()

@@ -11,13 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_rema.config import RunConfig, as_mapping
-from megatron_rema.parallel.groups import build_groups
+from megatron_rema.models.policy import ParallelModel
 from megatron_rema.report.page import write_report
 from megatron_rema.reward.assign import assign, reward_metrics
 from megatron_rema.reward.behaviour import behaviour_metrics
 from megatron_rema.reward.math_verifier import VerifierPool
+from megatron_rema.reward.model_scorer import add_model_scores
 from megatron_rema.rollout.chat import ChatFormat
 from megatron_rema.rollout.dataset import PromptStream
 from megatron_rema.rollout.dialogue import DialogueRules
@@ -25,29 +27,35 @@ from megatron_rema.rollout.scheduler import starts_of
 from megatron_rema.rollout.traces import traces_of
 from megatron_rema.trainer import state
 from megatron_rema.trainer.cast import (
+    Layouts,
     Policy,
     build_engines,
+    build_model,
     build_policies,
     chat_format,
     dialogue_rules,
     export_hf,
     process_group,
     sync_weights,
+    trained,
 )
 from megatron_rema.trainer.collect import play_everywhere
-from megatron_rema.trainer.credit import assign_advantages
+from megatron_rema.trainer.credit import assign_advantages, generalized_advantages
 from megatron_rema.trainer.evaluation import evaluate_sets, table
 from megatron_rema.trainer.experience import is_trainable, pack_for_rank
 from megatron_rema.trainer.inputs import Inputs
+from megatron_rema.trainer.preference import episode_scores
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
-from megatron_rema.trainer.update import score, update
-from megatron_rema.types import Engine, Episode, Prompt, Trace
+from megatron_rema.trainer.scoring import label_logprobs, scalars
+from megatron_rema.trainer.update import update_critic, update_policy
+from megatron_rema.types import Engine, Episode, Prompt, Role, Trace
 
 # phase of a step -> its metric
 _PHASES = {
     "generate": "rollout/generate_s",
     "verify": "reward/verify_s",
+    "reward_model": "reward/model_s",
     "score": "experience/score_s",
     "update": "train/update_s",
     "sync": "sync/sync_s",
@@ -60,6 +68,7 @@ class Study:
 
     config: RunConfig
     policies: dict[str, Policy]
+    reward_model: ParallelModel | None
     engines: dict[str, Engine]
     rules: DialogueRules
     chat: ChatFormat
@@ -79,12 +88,14 @@ def train(config: RunConfig, inputs: Inputs) -> None:
         dist.barrier()  # every rank has looked at run_dir before rank 0 makes it
         reporter, folder = Reporter(speaks=first), RunFolder(config.run_dir, writes=first)
         explain(config, reporter)
-        groups = build_groups(tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
         total_steps = config.trainer.steps * config.trainer.minibatches_per_step
-        policies = build_policies(
-            config, inputs.architectures, groups, total_steps=max(total_steps, 1), with_reference=config.algorithm.kl_coef > 0
-        )
-        position = state.restore(config, policies, folder)
+        layouts = Layouts()
+        policies = build_policies(config, inputs.architectures, layouts, total_steps=max(total_steps, 1), with_others=True)
+        reward_model = None
+        if inputs.reward_model is not None:
+            layout = config.parallel.layout("reward_model")
+            reward_model = build_model(config, inputs.reward_model, config.reward.model_path, layout, layouts, trainable=False)
+        position = state.restore(config, trained(policies), folder)
         if position.step:
             reporter.say(f"resumed at step {position.step}")
         folder.write_config(as_mapping(config))
@@ -94,6 +105,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
             study = Study(
                 config=config,
                 policies=policies,
+                reward_model=reward_model,
                 engines=engines,
                 rules=dialogue_rules(config),
                 chat=chat,
@@ -153,7 +165,9 @@ def step(study: Study) -> dict[str, float]:
     for engine in study.engines.values():
         engine.sleep()
     assigned = assign(episodes, judgements, scheme=config.reward.scheme, mask_unfinished_reward=config.reward.mask_unfinished_reward)
-    assign_advantages(assigned.scored, config.roles, config.algorithm)
+    model_metrics = score_with_reward_model(study, assigned.scored)
+    if config.algorithm.advantage != "gae":  # a critic's advantages are per token: see score
+        assign_advantages(assigned.scored, config.roles, config.algorithm)
 
     metrics: dict[str, float] = {}
     for policy in active_policies(study):
@@ -169,7 +183,7 @@ def step(study: Study) -> dict[str, float]:
     if study.folder.writes:
         study.folder.episodes(position.step, (episode.to_json() for episode in episodes))
     sampled = sum(episode.num_sampled_tokens for episode in episodes)
-    metrics |= reward_metrics(assigned, judgements)
+    metrics |= reward_metrics(assigned, judgements) | model_metrics
     metrics |= behaviour_metrics(episodes, config.task.finish_marker)
     metrics |= {name: reporter.seconds.get(phase, 0.0) for phase, name in _PHASES.items()}
     metrics |= {
@@ -182,6 +196,17 @@ def step(study: Study) -> dict[str, float]:
     return {"step": position.step, "weight_version": position.weight_version, "time_s": time.perf_counter() - begin, **metrics}
 
 
+def score_with_reward_model(study: Study, episodes: Sequence[Episode]) -> dict[str, float]:
+    """Add the reward model's scores to the episodes' rewards, where there is one."""
+    reward = study.config.reward
+    if study.reward_model is None:
+        return {}
+    with study.reporter.phase("reward_model"):
+        views = [next(trace for trace in traces_of(episode) if trace.role is Role.REASONING) for episode in episodes]
+        heads = episode_scores(study.reward_model, views, microbatch_tokens=study.config.trainer.microbatch_tokens)
+    return add_model_scores(episodes, heads, weight=reward.model_weight, ensemble=reward.model_ensemble)
+
+
 def active_policies(study: Study) -> list[Policy]:
     """Whom this step updates: everyone, or one policy after the other every ``alternate_every`` steps."""
     agents, policies = study.config.agents, list(study.policies.values())
@@ -191,34 +216,65 @@ def active_policies(study: Study) -> list[Policy]:
 
 
 def train_policy(study: Study, policy: Policy, episodes: Sequence[Episode]) -> dict[str, float]:
-    """Optimizer steps of one policy on its roles' traces. With several policies, metric names carry the policy's."""
+    """Optimizer steps of one policy, and of its critic, on its roles' traces. With several policies, metric names carry the policy's."""
     config, reporter = study.config, study.reporter
-    temperature = config.rollout.temperature
-    rows = []
-    dropped = 0
-    for minibatch in minibatches(episodes, config.trainer.minibatches_per_step):
-        traces = [trace for episode in minibatch for trace in traces_of(episode) if trace.role in policy.roles]
-        kept = [trace for trace in traces if is_trainable(trace)]
-        dropped += len(traces) - len(kept)
-        if kept:
-            rows.append(_packed(study, policy, kept))
-    if config.trainer.minibatches_per_step > 1 or policy.reference is not None:
-        with reporter.phase("score"):  # before the first update: all minibatches are scored by the policy that sampled them
-            for batches in rows:
-                _score_in_place(study, policy, batches, temperature)
-    with reporter.phase("update", total=len(rows)):
-        results = []
-        for index, batches in enumerate(rows):
-            results.append(update(policy.model, policy.optimizer, batches, algorithm=config.algorithm, temperature=temperature))
-            reporter.advance(index + 1)
-    if not results:
+    parts = [
+        [t for e in part for t in traces_of(e) if t.role in policy.roles]
+        for part in minibatches(episodes, config.trainer.minibatches_per_step)
+    ]
+    kept = [[trace for trace in part if is_trainable(trace)] for part in parts]
+    traces = [trace for part in kept for trace in part]
+    if not traces:
         raise RuntimeError(f"step {study.position.step}: policy {policy.name} has no trainable trace; every episode was excluded or empty.")
+    with reporter.phase("score"):  # before the first update: all minibatches are scored by the policy that sampled them
+        columns = score(study, policy, traces)
+    results = []
+    first = 0
+    with reporter.phase("update", total=len(kept)):
+        for part in kept:
+            own = {name: column[first : first + len(part)] for name, column in columns.items()}
+            first += len(part)
+            if part:
+                results.append(update(study, policy, part, own))
+            reporter.advance(len(results))
     merged = {name: sum(row[name] for row in results) / len(results) for name in results[0]}
-    merged["sync/logprob_gap_max"] = max(row["sync/logprob_gap_max"] for row in results)
-    merged["train/dropped_traces"] = float(dropped)
+    if "sync/logprob_gap_max" in merged:
+        merged["sync/logprob_gap_max"] = max(row["sync/logprob_gap_max"] for row in results)
+    merged["train/dropped_traces"] = float(sum(map(len, parts)) - len(traces))
     if len(study.policies) == 1:
         return merged
     return {f"{name.split('/')[0]}/{policy.name}/{name.split('/', 1)[1]}": value for name, value in merged.items()}
+
+
+def score(study: Study, policy: Policy, traces: Sequence[Trace]) -> dict[str, list[Tensor]]:
+    """Per-token columns that the objective needs, trace by trace, from each model at its own layout."""
+    config = study.config
+    tokens, temperature = config.trainer.microbatch_tokens, config.rollout.temperature
+    columns: dict[str, list[Tensor]] = {}
+    if config.trainer.minibatches_per_step > 1:
+        columns["old_logprobs"] = label_logprobs(policy.model, traces, temperature=temperature, microbatch_tokens=tokens)
+    if policy.reference is not None:
+        columns["ref_logprobs"] = label_logprobs(policy.reference, traces, temperature=temperature, microbatch_tokens=tokens)
+    if policy.critic is not None:
+        columns["values"] = [values[:, 0] for values in scalars(policy.critic.model, traces, microbatch_tokens=tokens)]
+        columns |= generalized_advantages(traces, columns["values"], config.algorithm)
+    return columns
+
+
+def update(study: Study, policy: Policy, traces: Sequence[Trace], columns: dict[str, list[Tensor]]) -> dict[str, float]:
+    """One optimizer step of the policy, one of its critic; the critic alone while it warms up."""
+    config = study.config
+    shape = {"max_turns": config.rollout.max_rounds, "microbatch_tokens": config.trainer.microbatch_tokens, "columns": columns}
+    metrics: dict[str, float] = {}
+    if policy.critic is not None:
+        batches = pack_for_rank(traces, aggregation="token", groups=policy.critic.model.groups, **shape)
+        metrics |= update_critic(policy.critic.model, policy.critic.optimizer, batches, value_clip=config.critic.value_clip)
+    if policy.critic is None or study.position.step >= config.critic.warmup_steps:
+        batches = pack_for_rank(traces, aggregation=config.algorithm.aggregation, groups=policy.model.groups, **shape)
+        metrics |= update_policy(
+            policy.model, policy.optimizer, batches, algorithm=config.algorithm, temperature=config.rollout.temperature
+        )
+    return metrics
 
 
 def minibatches(episodes: Sequence[Episode], count: int) -> list[list[Episode]]:
@@ -228,26 +284,6 @@ def minibatches(episodes: Sequence[Episode], count: int) -> list[list[Episode]]:
     for episode in episodes:
         parts[order[episode.prompt.prompt_id] % count].append(episode)
     return parts
-
-
-def _packed(study: Study, policy: Policy, traces: Sequence[Trace]):
-    config = study.config
-    return pack_for_rank(
-        traces,
-        aggregation=config.algorithm.aggregation,
-        max_turns=config.rollout.max_rounds,
-        microbatch_tokens=config.trainer.microbatch_tokens,
-        groups=policy.model.groups,
-    )
-
-
-def _score_in_place(study: Study, policy: Policy, batches, temperature: float) -> None:
-    if study.config.trainer.minibatches_per_step > 1:
-        for batch, logprobs in zip(batches, score(policy.model, batches, temperature=temperature), strict=True):
-            batch.old_logprobs = logprobs
-    if policy.reference is not None:
-        for batch, logprobs in zip(batches, score(policy.reference, batches, temperature=temperature), strict=True):
-            batch.ref_logprobs = logprobs
 
 
 def evaluate(study: Study) -> None:
@@ -271,7 +307,7 @@ def evaluate(study: Study) -> None:
 
 def checkpoint(study: Study) -> None:
     keep = study.config.trainer.keep_checkpoints
-    study.reporter.say(f"checkpoint: {state.save(study.folder.checkpoints, study.position, study.policies, keep=keep)}")
+    study.reporter.say(f"checkpoint: {state.save(study.folder.checkpoints, study.position, trained(study.policies), keep=keep)}")
 
 
 def explain(config: RunConfig, reporter: Reporter) -> None:
@@ -284,9 +320,14 @@ def explain(config: RunConfig, reporter: Reporter) -> None:
         else "one update per rollout: the ratio is identically 1 and clipping never acts"
     )
     world = dist.get_world_size()
-    replicas = world // (config.parallel.tensor * config.parallel.pipeline)
+    models = ["actor"] + ["critic"] * (algorithm.advantage == "gae") + ["reference"] * (algorithm.kl_coef > 0)
+    models += ["reward_model"] * (config.reward.model_path is not None)
+    cuts = []
+    for model in models:
+        layout = config.parallel.layout(model)
+        cuts.append(f"{model} tensor {layout.tensor} x pipeline {layout.pipeline} x data {world // (layout.tensor * layout.pipeline)}")
     reporter.say(
-        f"{world} ranks: tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline} x data {replicas}; "
+        f"{world} ranks: {', '.join(cuts)}; "
         f"{world // config.engine.tensor} {config.engine.name} engines of {config.engine.tensor} rank(s) per policy"
     )
     reporter.say(

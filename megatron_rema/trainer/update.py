@@ -1,4 +1,4 @@
-"""One policy update: forward-only scoring passes and the optimizer step. Assembly only; the arithmetic is algorithm/'s."""
+"""Optimizer steps of policies and critics. Assembly only; the arithmetic is algorithm/'s."""
 
 from __future__ import annotations
 
@@ -8,34 +8,16 @@ import torch
 from torch import Tensor
 
 from megatron_rema.algorithm.losses import PolicyLossStats, policy_loss
+from megatron_rema.algorithm.value import ValueLossStats, value_loss
 from megatron_rema.config import AlgorithmConfig
 from megatron_rema.models.optimizer import Optimizer
 from megatron_rema.models.policy import ParallelModel
-from megatron_rema.parallel.pipeline import broadcast_from_last_stage, forward_backward, reduce_stats
+from megatron_rema.parallel.pipeline import reduce_stats
 from megatron_rema.parallel.vocab import vocab_parallel_logprobs_and_entropy
 from megatron_rema.types import Batch
 
 
-def score(model: ParallelModel, batches: Sequence[Batch], *, temperature: float) -> list[Tensor]:
-    """Log-probabilities [T] of every batch's labels under ``model``, without gradients, on every rank of the replica."""
-
-    def keep(local_logits_TV: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        logprobs_T, _ = vocab_parallel_logprobs_and_entropy(
-            local_logits_TV,
-            batch.labels,
-            model.groups.tp,
-            temperature=temperature,
-            with_entropy=False,
-            vocab_size=model.arch.vocab_size,
-        )
-        return logprobs_T.sum(), {"logprobs": logprobs_T.detach()}
-
-    outputs = forward_backward(model.chunks, model.config, batches, keep, groups=model.groups, forward_only=True)
-    shapes = [{"logprobs": torch.empty(batch.tokens.shape, dtype=torch.float32, device=batch.tokens.device)} for batch in batches]
-    return [output["logprobs"] for output in broadcast_from_last_stage(outputs, shapes, model.groups)]
-
-
-def update(
+def update_policy(
     model: ParallelModel,
     optimizer: Optimizer,
     batches: Sequence[Batch],
@@ -84,7 +66,7 @@ def update(
         return total, {**stats.as_dict(), "gap_sum": gap_T.sum(), "gap_max": gap_T.max()}
 
     optimizer.zero_grad()
-    outputs = forward_backward(model.chunks, model.config, batches, loss, groups=model.groups)
+    outputs = model.forward_backward(list(batches), loss)
     stats = reduce_stats(outputs, model.groups, maxima=("gap_max",))
     result = optimizer.step()
     means = PolicyLossStats.means(stats, level=algorithm.ratio_level)
@@ -95,4 +77,23 @@ def update(
         "train/lr": result.lr,
         "sync/logprob_gap_mean": stats["gap_sum"] / max(stats["num_tokens"], 1.0),
         "sync/logprob_gap_max": stats["gap_max"],
+    }
+
+
+def update_critic(model: ParallelModel, optimizer: Optimizer, batches: Sequence[Batch], *, value_clip: float) -> dict[str, float]:
+    """One optimizer step of a value model towards ``batch.returns``. Returns metrics, equal on every rank."""
+
+    def loss(values_TK: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        total, stats = value_loss(
+            values_TK[:, 0], batch.returns, batch.values, batch.loss_weights, batch.loss_mask, clip=value_clip or None
+        )
+        return total, stats.as_dict()
+
+    optimizer.zero_grad()
+    stats = reduce_stats(model.forward_backward(list(batches), loss), model.groups)
+    result = optimizer.step()
+    return {
+        **{f"critic/{name}": value for name, value in ValueLossStats.means(stats).items()},
+        "critic/grad_norm": result.grad_norm,
+        "critic/skipped_updates": float(result.skipped),
     }

@@ -26,13 +26,14 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return save_tiny_model(tmp_path_factory.mktemp("hf") / request.param, request.param)
 
 
-def _exports_bitwise(path: Path, tensor: int, pipeline: int) -> bool:
+def exports_bitwise(path: Path, tensor: int, pipeline: int, virtual: int = 1) -> bool:
     """Loads, exports; True when names, their order, dtypes and every bit are the file's on this rank."""
     arch = Architecture.from_pretrained(path)
     groups = build_groups(tensor=tensor, pipeline=pipeline)
-    module = build_policy(arch, groups=groups, dtype=torch.float32, trainable=False, seed=1).module
-    load_hf(module, arch, path, groups)
-    return _same_as_file(path, arch, list(iterate_hf_tensors(module, arch, groups)))
+    modules = build_policy(arch, groups=groups, virtual=virtual, dtype=torch.float32, trainable=False, seed=1).modules
+    num_bytes = load_hf(modules, arch, path, groups)
+    assert num_bytes == sum(parameter.nbytes for module in modules for parameter in module.parameters())
+    return _same_as_file(path, arch, list(iterate_hf_tensors(modules, arch, groups)))
 
 
 def _same_as_file(path: Path, arch: Architecture, exported: list[tuple[str, torch.Tensor]]) -> bool:
@@ -44,7 +45,13 @@ def _same_as_file(path: Path, arch: Architecture, exported: list[tuple[str, torc
 
 @pytest.mark.parametrize(("tensor", "pipeline"), LAYOUTS)
 def test_hf_to_megatron_to_hf_is_bitwise_identity(run_ranks: Callable, checkpoint: Path, tensor: int, pipeline: int):
-    assert run_ranks(tensor * pipeline, _exports_bitwise, checkpoint, tensor, pipeline) == [True] * (tensor * pipeline)
+    assert run_ranks(tensor * pipeline, exports_bitwise, checkpoint, tensor, pipeline) == [True] * (tensor * pipeline)
+
+
+@pytest.mark.parametrize("name", ["qwen2_tied", "llama3"])
+def test_virtual_stages_load_and_export_bitwise(run_ranks: Callable, tmp_path: Path, name: str):
+    path = save_tiny_model(tmp_path / "hf", name, num_hidden_layers=4)
+    assert run_ranks(4, exports_bitwise, path, 2, 2, 2) == [True] * 4
 
 
 def _save_and_read_back(path: Path, out_dir: Path, max_shard_bytes: int) -> tuple[bool, str]:

@@ -39,7 +39,7 @@ def _reference(path: Path, tokens: torch.Tensor) -> np.ndarray:
     return torch.cat([model(sequence[None]).logits[0] for sequence in tokens.split(LENGTHS)]).numpy()
 
 
-def _packed(tokens: list[int]) -> Batch:
+def packed(tokens: list[int]) -> Batch:
     num_tokens = len(tokens)
     return Batch(
         tokens=torch.tensor(tokens),
@@ -60,7 +60,7 @@ def _logits(path: Path, tokens: list[int], tensor: int, pipeline: int, sequence_
     groups = build_groups(tensor=tensor, pipeline=pipeline)
     policy = build_policy(arch, groups=groups, dtype=torch.float32, trainable=False, seed=1, sequence_parallel=sequence_parallel)
     load_hf(policy.module, arch, path, groups)
-    results = policy.forward_backward([_packed(tokens)], lambda x, _: (x.sum(), {"logits": x.detach().clone()}), forward_only=True)
+    results = policy.forward_backward([packed(tokens)], lambda x, _: (x.sum(), {"logits": x.detach().clone()}), forward_only=True)
     if not results:
         return None
     local = results[0]["logits"].contiguous()

@@ -7,16 +7,18 @@ optimizer steps amplify that a little.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
-import torch
 
 from megatron_rema.config import AlgorithmConfig
 from megatron_rema.models.optimizer import build_optimizer
 from megatron_rema.models.policy import build_policy
 from megatron_rema.parallel.groups import build_groups
+from megatron_rema.trainer.credit import generalized_advantages
 from megatron_rema.trainer.experience import pack_for_rank
-from megatron_rema.trainer.update import score, update
+from megatron_rema.trainer.scoring import label_logprobs, scalars
+from megatron_rema.trainer.update import update_critic, update_policy
 from megatron_rema.types import Role, Trace
 from tests.distributed.test_parallel_parity import QWEN2_TIED
 
@@ -50,15 +52,20 @@ def traces(count: int = 12) -> list[Trace]:
 
 
 def two_updates(tensor: int, pipeline: int, microbatch_tokens: int, algorithm: dict) -> list[dict[str, float]]:
+    """The reference lies at another layout than the policy wherever the world has more than one rank."""
     groups = build_groups(tensor=tensor, pipeline=pipeline)
+    other = build_groups(tensor=pipeline, pipeline=tensor)
     model = build_policy(QWEN2_TIED, groups=groups, seed=1)
-    reference = build_policy(QWEN2_TIED, groups=groups, seed=2, trainable=False)
+    reference = build_policy(QWEN2_TIED, groups=other, seed=2, trainable=False)
     optimizer = build_optimizer(model, lr=1e-2, total_steps=2, eps=1e-3)
-    settings = AlgorithmConfig(**algorithm)
-    batches = pack_for_rank(traces(), aggregation=settings.aggregation, max_turns=4, microbatch_tokens=microbatch_tokens, groups=groups)
-    for batch, old, ref in zip(batches, score(model, batches, temperature=0.7), score(reference, batches, temperature=0.7), strict=True):
-        batch.old_logprobs, batch.ref_logprobs = old, ref
-    return [update(model, optimizer, batches, algorithm=settings, temperature=0.7) for _ in range(2)]
+    settings, step = AlgorithmConfig(**algorithm), traces()
+    columns = {
+        "old_logprobs": label_logprobs(model, step, temperature=0.7, microbatch_tokens=microbatch_tokens),
+        "ref_logprobs": label_logprobs(reference, step, temperature=0.7, microbatch_tokens=microbatch_tokens),
+    }
+    shape = {"aggregation": settings.aggregation, "max_turns": 4, "microbatch_tokens": microbatch_tokens}
+    batches = pack_for_rank(step, groups=groups, columns=columns, **shape)
+    return [update_policy(model, optimizer, batches, algorithm=settings, temperature=0.7) for _ in range(2)]
 
 
 VARIANTS = [
@@ -95,15 +102,39 @@ def test_update_metrics_do_not_change_with_layout_or_microbatches(run_ranks, alg
                 assert ours == pytest.approx(theirs, rel=2e-5, abs=2e-5), (world, tensor, pipeline, microbatch_tokens)
 
 
-def test_scores_are_on_every_rank_of_the_replica(run_ranks):
+def test_scores_are_on_every_rank_trace_by_trace(run_ranks):
     (alone,) = run_ranks(1, _scores, 1, 1)
     for scores in run_ranks(4, _scores, 2, 2):
-        assert torch.allclose(torch.tensor(scores), torch.tensor(alone), atol=1e-5)
+        for ours, theirs in zip(scores, alone, strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-5)
 
 
-def _scores(tensor: int, pipeline: int) -> list[float]:
+def _scores(tensor: int, pipeline: int) -> list[list[float]]:
     groups = build_groups(tensor=tensor, pipeline=pipeline)
     model = build_policy(QWEN2_TIED, groups=groups, seed=1, trainable=False)
-    batches = pack_for_rank(traces(), aggregation="turn", max_turns=4, microbatch_tokens=1024, groups=groups)
-    (logprobs,) = score(model, batches, temperature=1.0)
-    return torch.where(batches[0].loss_mask, logprobs, 0.0)[:240].tolist()
+    return [logprobs.tolist() for logprobs in label_logprobs(model, traces(), temperature=1.0, microbatch_tokens=64)]
+
+
+def two_critic_updates(tensor: int, pipeline: int, microbatch_tokens: int) -> tuple[list[dict[str, float]], list[list[float]]]:
+    """The actor's layout plays no part in a critic's step: values leave it trace by trace, advantages and returns come back as columns."""
+    groups = build_groups(tensor=tensor, pipeline=pipeline)
+    model = build_policy(replace(QWEN2_TIED, num_scalars=1, tied=False), groups=groups, seed=1)
+    optimizer = build_optimizer(model, lr=1e-2, total_steps=2, eps=1e-3)
+    step = [replace(trace, turn_rewards=tuple(range(len(trace.turn_rewards)))) for trace in traces()]
+    columns = {"values": [values[:, 0] for values in scalars(model, step, microbatch_tokens=microbatch_tokens)]}
+    columns |= generalized_advantages(step, columns["values"], AlgorithmConfig(advantage="gae", gae_lambda=0.9, turn_lambda=0.8))
+    shape = {"aggregation": "token", "max_turns": 4, "microbatch_tokens": microbatch_tokens}
+    batches = pack_for_rank(step, groups=groups, columns=columns, **shape)
+    metrics = [update_critic(model, optimizer, batches, value_clip=0.2) for _ in range(2)]
+    return metrics, [advantages.tolist() for advantages in columns["advantages"]]
+
+
+def test_critic_updates_and_advantages_do_not_change_with_layout_or_microbatches(run_ranks):
+    expected, advantages = run_ranks(1, two_critic_updates, 1, 1, 1024)[0]
+    assert expected[0]["critic/grad_norm"] > 1e-3
+    for world, tensor, pipeline, microbatch_tokens in [(1, 1, 1, 64), (2, 2, 1, 128), (2, 1, 2, 64), (2, 1, 1, 128), (4, 2, 2, 64)]:
+        for metrics, ours in run_ranks(world, two_critic_updates, tensor, pipeline, microbatch_tokens):
+            for row, theirs in zip(metrics, expected, strict=True):
+                assert row == pytest.approx(theirs, rel=2e-5, abs=2e-5), (world, tensor, pipeline, microbatch_tokens)
+            for mine, reference in zip(ours, advantages, strict=True):
+                assert mine == pytest.approx(reference, abs=2e-5)

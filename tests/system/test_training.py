@@ -52,7 +52,7 @@ def task(tmp_path_factory) -> list[str]:
 def test_a_killed_run_resumes_and_its_next_steps_are_those_of_the_uninterrupted_run(task, tmp_path):
     settings = [
         *task,
-        "parallel.tensor=2",
+        "parallel.actor.tensor=2",
         "trainer.steps=4",
         "trainer.checkpoint_every=1",
         "trainer.evaluation_problems=2",
@@ -87,7 +87,7 @@ def test_a_killed_run_resumes_and_its_next_steps_are_those_of_the_uninterrupted_
 
 def test_a_run_leaves_whole_episodes_evaluations_plots_and_a_report(task, tmp_path):
     folder = tmp_path / "run"
-    out = run("train", 2, *task, f"run_dir={folder}", "parallel.pipeline=2", "trainer.steps=2", "trainer.minibatches_per_step=2")
+    out = run("train", 2, *task, f"run_dir={folder}", "parallel.actor.pipeline=2", "trainer.steps=2", "trainer.minibatches_per_step=2")
     metrics = rows(folder / "metrics.jsonl")
     assert [row["weight_version"] for row in metrics] == [1, 2]
     for row in metrics:
@@ -108,7 +108,7 @@ def test_a_run_leaves_whole_episodes_evaluations_plots_and_a_report(task, tmp_pa
 def test_separate_agents_alternate_with_a_reference_each(task, tmp_path):
     folder = tmp_path / "run"
     settings = ["agents=separate", "agents.schedule=alternating", "agents.alternate_every=1", "algorithm.kl_coef=0.01", "trainer.steps=2"]
-    run("train", 2, *task, f"run_dir={folder}", "parallel.tensor=2", *settings)
+    run("train", 2, *task, f"run_dir={folder}", "parallel.actor.tensor=2", *settings)
     first, second = rows(folder / "metrics.jsonl")
     assert "train/meta_thinker/loss" in first and "train/reasoner/loss" not in first
     assert "train/reasoner/loss" in second and "train/meta_thinker/loss" not in second

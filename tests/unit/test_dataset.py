@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_rema.rollout.dataset import PromptStream, read_dialogues, read_prompts
+from megatron_rema.rollout.dataset import PromptStream, read_dialogues, read_pairs, read_prompts
 from megatron_rema.types import Prompt, Role
 
 
@@ -124,3 +124,18 @@ def test_the_stream_depends_on_seed_and_position_alone():
     assert PromptStream(PROMPTS, seed=4).take(0, 30) != straight
     with pytest.raises(ValueError, match="at least one prompt"):
         PromptStream([], seed=0)
+
+
+def test_pairs_hold_both_dialogues_and_a_bad_one_is_named(tmp_path):
+    turns = [{"role": "meta_thinking", "text": "plan"}, {"role": "reasoning", "text": "do"}]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps({"question": "q", "chosen": turns, "rejected": turns[::-1][:1], "margin": 2}) + "\n")
+    (pair,) = read_pairs(file)
+    assert pair.chosen == ((Role.META_THINKING, "plan"), (Role.REASONING, "do"))
+    assert pair.rejected == ((Role.REASONING, "do"),) and pair.margin == 2.0
+    file.write_text(json.dumps({"question": "q", "chosen": turns, "rejected": turns[::-1]}) + "\n")
+    with pytest.raises(ValueError, match=r"pairs.jsonl line 1: field 'rejected\[0\].role'"):
+        read_pairs(file)
+    file.write_text(json.dumps({"question": "q", "chosen": turns, "rejected": turns, "margin": "big"}) + "\n")
+    with pytest.raises(ValueError, match="'margin' must be a number"):
+        read_pairs(file)

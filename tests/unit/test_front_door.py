@@ -48,14 +48,14 @@ WORLD_OF_3 = {"WORLD_SIZE": "3", "RANK": "0"}
 BAD_INPUT = {  # name: (overrides, environment, what the message must hold)
     "unknown key": (["rollout.rounds=3"], {}, ["rollout.rounds"]),
     "unknown group option": (["agents=three"], {}, ["agents/three", "shared"]),
-    "not a number": (["parallel.tensor=two"], {}, ["parallel.tensor", "two", "integer"]),
+    "not a number": (["parallel.actor.tensor=two"], {}, ["parallel.actor.tensor", "two", "integer"]),
     "out of range": (["rollout.prompts_per_step=0"], {}, ["rollout.prompts_per_step", "0", "greater than or equal to 1"]),
     "not a choice": (["algorithm.aggregation=sum"], {}, ["algorithm.aggregation", "sum", "turn"]),
     "unset value": (["task.train_file=???"], {}, ["task.train_file", "not set"]),
-    "world size that does not fit": (["parallel.tensor=2"], {}, ["parallel.tensor (2)", "world_size (1)", "torchrun"]),
-    "tensor that does not divide the heads": (["parallel.tensor=3"], WORLD_OF_3, ["parallel.tensor (3)", "heads (4)"]),
+    "world size that does not fit": (["parallel.actor.tensor=2"], {}, ["parallel.actor.tensor (2)", "world_size (1)", "torchrun"]),
+    "tensor that does not divide the heads": (["parallel.actor.tensor=3"], WORLD_OF_3, ["parallel.tensor (3)", "heads (4)"]),
     "pipeline that does not divide the layers": (
-        ["parallel.pipeline=3"], WORLD_OF_3, ["parallel.pipeline (3)", "num_hidden_layers (2)"],
+        ["parallel.actor.pipeline=3"], WORLD_OF_3, ["parallel.pipeline (3)", "num_hidden_layers (2)"],
     ),
     "missing model folder": (["model.path=nowhere"], {}, ["model.path", "nowhere", "no such folder"]),
     "missing data file": (["task.train_file=nowhere.jsonl"], {}, ["task.train_file", "nowhere.jsonl"]),

@@ -1,0 +1,144 @@
+"""Reward models: Bradley-Terry training on preference pairs, and scores of whole episodes inside the RL step.
+
+A dialogue is scored at its last token in the reasoner's view, which holds the question, every instruction and every answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rema.algorithm.preference import PreferenceStats, bradley_terry
+from megatron_rema.bridge.weights import save_hf
+from megatron_rema.config import RunConfig
+from megatron_rema.models.policy import ParallelModel
+from megatron_rema.parallel.microbatch import padded_tokens, plan_microbatches
+from megatron_rema.parallel.pipeline import reduce_stats
+from megatron_rema.rollout.traces import traces_of_dialogue
+from megatron_rema.trainer.cast import Critic, Layouts, adam, build_model, chat_format, dialogue_rules, process_group
+from megatron_rema.trainer.experience import pack, to_device
+from megatron_rema.trainer.inputs import Inputs
+from megatron_rema.trainer.progress import Reporter
+from megatron_rema.trainer.run_folder import RunFolder
+from megatron_rema.trainer.scoring import scalars
+from megatron_rema.trainer.supervised import fit
+from megatron_rema.types import Batch, Role, Trace
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Scoring views of two dialogues about one question."""
+
+    chosen: Trace
+    rejected: Trace
+    margin: float
+
+
+def scoring_view(trace: Trace) -> Trace:
+    """The trace with one more label, so that its last token is an input: the only trained position, where the score is read."""
+    length = len(trace.token_ids)
+    return replace(
+        trace,
+        token_ids=(*trace.token_ids, 0),
+        loss_mask=(False,) * length + (True,),
+        turn_ids=(-1,) * length + (0,),
+        rollout_logprobs=(0.0,) * (length + 1),
+        turn_rewards=(),
+        advantages=(),
+    )
+
+
+def episode_scores(model: ParallelModel, views: Sequence[Trace], *, microbatch_tokens: int) -> list[list[float]]:
+    """The K head outputs of each reasoner's view, on every rank. A collective of the world."""
+    outputs = scalars(model, [scoring_view(view) for view in views], microbatch_tokens=microbatch_tokens)
+    return [values_LK[-1].tolist() for values_LK in outputs]
+
+
+def train(config: RunConfig, inputs: Inputs) -> None:
+    """The ``train_reward_model`` front door: a scalar-head model on model.path's trunk, at parallel.reward_model."""
+    chat, rules, settings = chat_format(config), dialogue_rules(config), config.reward_model
+
+    def view(question: str, turns: Sequence[tuple[Role, str]]) -> Trace:
+        return scoring_view(next(t for t in traces_of_dialogue(chat, rules, question, turns) if t.role is Role.REASONING))
+
+    def views(written: Sequence) -> list[Pair]:
+        margin = 1.0 if settings.margin else 0.0
+        return [Pair(view(p.question, p.chosen), view(p.question, p.rejected), margin * p.margin) for p in written]
+
+    pairs, heldout = views(inputs.pairs), views(inputs.heldout_pairs)
+    (arch,) = inputs.architectures.values()
+    with process_group():
+        first = dist.get_rank() == 0
+        dist.barrier()  # every rank has looked at run_dir before rank 0 makes it
+        reporter, folder = Reporter(speaks=first), RunFolder(config.run_dir, writes=first)
+        layout, tokens = config.parallel.layout("reward_model"), config.trainer.microbatch_tokens
+        arch = replace(arch, num_scalars=settings.heads, tied=False)
+        model = build_model(
+            config, arch, config.model.path, layout, Layouts(), trainable=True, random=config.model.init == "random", fresh_head=True
+        )
+        learner = Critic(model, adam(config, model, lr=config.optimizer.lr, total_steps=max(config.trainer.steps, 1)))
+        fit(
+            config,
+            "reward model",
+            pairs,
+            learners={"reward_model": learner},
+            update=lambda chosen: _update(learner, chosen, centering=settings.centering, microbatch_tokens=tokens),
+            folder=folder,
+            reporter=reporter,
+        )
+        if heldout:
+            accuracy = pairwise_accuracy(model, heldout, microbatch_tokens=tokens)
+            reporter.say(f"pairwise accuracy on {len(heldout)} held-out pairs: {accuracy:.4f}")
+            if first:
+                (folder.path / "preference.json").write_text(
+                    json.dumps({"heldout_pairs": len(heldout), "pairwise_accuracy": accuracy}) + "\n"
+                )
+        target = folder.path / "hf" / "reward_model"
+        if not _exists_anywhere(target):
+            save_hf(model.module, arch, config.model.path, target, model.groups)
+        reporter.say(f"reward model exported: {target}")
+
+
+def _exists_anywhere(path: Path) -> bool:
+    box = [path.exists()]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def pairwise_accuracy(model: ParallelModel, pairs: Sequence[Pair], *, microbatch_tokens: int) -> float:
+    """Fraction of pairs whose chosen dialogue has the larger mean score over heads; a tie counts half. A collective."""
+    outputs = scalars(model, [trace for pair in pairs for trace in (pair.chosen, pair.rejected)], microbatch_tokens=microbatch_tokens)
+    scores = torch.stack([values_LK[-1].mean() for values_LK in outputs])
+    difference = scores[0::2] - scores[1::2]
+    return float(((difference > 0).float() + 0.5 * (difference == 0).float()).mean())
+
+
+def _update(learner: Critic, pairs: Sequence[Pair], *, centering: float, microbatch_tokens: int) -> dict[str, float]:
+    """One Bradley-Terry step. A pair is never parted: both dialogues lie in one microbatch, chosen first."""
+    groups = learner.model.groups
+    lengths = [len(pair.chosen.token_ids) + len(pair.rejected.token_ids) - 2 for pair in pairs]
+    multiple = 8 * groups.tensor_size
+    plan = plan_microbatches(lengths, max_tokens=microbatch_tokens, num_ranks=groups.data_size, multiple=multiple)
+    length = padded_tokens(plan, lengths, multiple=multiple)
+    mine = plan[groups.data_rank]
+    batches = [to_device(pack([trace for i in indices for trace in (pairs[i].chosen, pairs[i].rejected)], length)) for indices in mine]
+    margins = {id(batch): torch.tensor([pairs[i].margin for i in indices]) for batch, indices in zip(batches, mine, strict=True)}
+
+    def loss(values_TK: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        scores_NK = values_TK[batch.loss_mask]  # chosen, rejected, chosen, ...
+        margin_N = margins[id(batch)].to(scores_NK.device)
+        weights_N = torch.full_like(margin_N, 1.0 / len(pairs))
+        total, stats = bradley_terry(scores_NK[0::2], scores_NK[1::2], margin_N=margin_N, centering=centering, weights_N=weights_N)
+        return total, stats.as_dict()
+
+    learner.optimizer.zero_grad()
+    stats = reduce_stats(learner.model.forward_backward(batches, loss), groups)
+    result = learner.optimizer.step()
+    means = {f"train/{name}": value for name, value in PreferenceStats.means(stats).items()}
+    return {**means, "train/grad_norm": result.grad_norm, "train/lr": result.lr}

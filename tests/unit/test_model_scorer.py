@@ -1,0 +1,33 @@
+"""A reward model's scores as rewards: combined over heads, weighed, added to each role's last turn, and told apart in metrics."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_rema.reward.model_scorer import add_model_scores, combine
+from megatron_rema.types import Episode, Prompt, Role
+
+
+def episode(correct: float) -> Episode:
+    rewards = {Role.META_THINKING: [0.0, correct], Role.REASONING: [0.0, correct]}
+    return Episode("e", Prompt("p", "q", "a"), 0, score={"correct": correct}, turn_rewards=rewards)
+
+
+def test_heads_are_averaged_or_the_most_pessimistic_one_is_believed():
+    assert combine([1.0, 3.0], "mean") == 2.0
+    assert combine([1.0, 3.0], "min") == 1.0
+
+
+def test_the_weighted_score_is_added_to_the_last_turn_of_every_rewarded_role():
+    right, wrong = episode(1.0), episode(0.0)
+    metrics = add_model_scores([right, wrong], [[2.0, 4.0], [-1.0, -1.0]], weight=0.1, ensemble="mean")
+    # 1 + 0.1 * 3 = 1.3; 0 + 0.1 * -1 = -0.1
+    assert right.turn_rewards == {role: [0.0, pytest.approx(1.3)] for role in Role}
+    assert wrong.turn_rewards == {role: [0.0, pytest.approx(-0.1)] for role in Role}
+    assert right.score["model_score"] == 3.0
+    assert metrics["reward/model/mean"] == 1.0 and metrics["reward/model/head_spread_mean"] == 1.0  # (3 - 1) / 2; (2 + 0) / 2
+    assert metrics["reward/model/mean_when_correct"] == 3.0 and metrics["reward/model/mean_when_wrong"] == -1.0
+
+
+def test_a_step_without_scored_episodes_has_no_model_metrics():
+    assert add_model_scores([], [], weight=1.0, ensemble="min") == {}
