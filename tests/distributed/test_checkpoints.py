@@ -19,13 +19,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_rema.architecture import Architecture
 from megatron_rema.models.optimizer import Optimizer, build_optimizer
 from megatron_rema.models.policy import ParallelModel, build_policy
 from megatron_rema.parallel.groups import build_groups
 from megatron_rema.trainer import manifest, state
 from megatron_rema.trainer.run_folder import RunFolder
 from megatron_rema.trainer.state import Checkpoints, Position
-from tests.distributed.test_parallel_parity import QWEN2_TIED, microbatches, negative_logprob, whole
+from tests.distributed.test_parallel_parity import QWEN2_TIED, REWARD_MODEL, gather, microbatches, objective
 
 
 @dataclass
@@ -40,31 +41,24 @@ class Learner:
         for _ in range(steps):
             self.optimizer.zero_grad()
             batches = microbatches(groups.data_rank, groups.data_size, 2, 64)
-            outputs = self.model.forward_backward(batches, negative_logprob(self.model))
+            outputs = self.model.forward_backward(batches, objective(self.model))
             rows.append((sum(float(row["loss"]) for row in outputs), self.optimizer.step().grad_norm))
         return rows
 
     def weights(self) -> dict[str, np.ndarray]:
-        return whole({name: p.data.float() for name, p in self.model.module.named_parameters()}, self.model)
+        return gather(self.model, lambda param: param.data.float())
 
     def adam(self) -> dict[str, np.ndarray]:
-        """Adam's moments as whole tensors (plain fp32 optimizer), and its step counters."""
-        params = {id(p): name for name, p in self.model.module.named_parameters()}
-        found: dict[str, np.ndarray] = {}
-        moments: dict[str, dict[str, torch.Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}}
-        for part in self.optimizer.megatron.chained_optimizers:
-            for group in part.optimizer.param_groups:
-                for param in group["params"]:
-                    for moment, tensors in moments.items():
-                        tensors[params[id(param)]] = part.optimizer.state[param][moment]
-        for moment, tensors in moments.items():
-            found |= {f"{name}/{moment}": value for name, value in whole(tensors, self.model).items()}
-        return found
+        """Adam's moments as whole tensors, of the plain fp32 optimizer."""
+        states = {param: state for part in self.optimizer.megatron.chained_optimizers for param, state in part.optimizer.state.items()}
+        first = gather(self.model, lambda param: states[param]["exp_avg"])
+        second = gather(self.model, lambda param: states[param]["exp_avg_sq"])
+        return {**{f"{name}/first": value for name, value in first.items()}, **{f"{name}/second": value for name, value in second.items()}}
 
 
-def learner(tensor: int = 1, pipeline: int = 1, *, seed: int = 7, **options) -> Learner:
+def learner(tensor: int = 1, pipeline: int = 1, virtual: int = 1, *, seed: int = 7, arch: Architecture = QWEN2_TIED, **options) -> Learner:
     groups = build_groups(tensor=tensor, pipeline=pipeline)
-    model = build_policy(QWEN2_TIED, groups=groups, seed=seed, **options)
+    model = build_policy(arch, groups=groups, seed=seed, virtual=virtual, **options)
     return Learner(model, build_optimizer(model, lr=1e-2, warmup_steps=3, schedule="cosine", total_steps=10, weight_decay=0.1))
 
 
@@ -75,7 +69,7 @@ def equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool
 # --- exact ------------------------------------------------------------------------------------------------------------
 
 
-def saves_and_goes_on(folder: str, layout: tuple[int, int], options: dict, asynchronous: bool) -> tuple:
+def saves_and_goes_on(folder: str, layout: tuple[int, ...], options: dict, asynchronous: bool) -> tuple:
     one = learner(*layout, **options)
     one.train(2)
     checkpoints = Checkpoints(Path(folder), keep=1, asynchronous=asynchronous)
@@ -85,7 +79,7 @@ def saves_and_goes_on(folder: str, layout: tuple[int, int], options: dict, async
     return after, one.weights()
 
 
-def resumes(folder: str, layout: tuple[int, int], options: dict) -> tuple:
+def resumes(folder: str, layout: tuple[int, ...], options: dict) -> tuple:
     other = learner(*layout, seed=8, **options)
     position = state.load(state.latest(Path(folder)), {"agent": other})
     assert position == Position(step=2, prompts_taken=5)
@@ -101,6 +95,7 @@ def resumes(folder: str, layout: tuple[int, int], options: dict) -> tuple:
         pytest.param(2, (1, 1), {"distributed_optimizer": True}, id="DP2-zero1"),
         pytest.param(2, (2, 1), {"distributed_optimizer": True, "dtype": torch.bfloat16}, id="TP2-zero1-bf16"),
         pytest.param(4, (2, 2), {"sequence_parallel": True}, id="TP2PP2"),
+        pytest.param(2, (1, 2, 2), {}, id="PP2-virtual2"),
     ],
 )
 def test_steps_after_a_resume_are_bitwise_those_of_the_uninterrupted_run(run_ranks, tmp_path, world, layout, options, asynchronous):
@@ -118,18 +113,22 @@ def trained_once(folder: str) -> tuple:
     return one.weights(), one.adam()
 
 
-def loads_and_saves(source: str, target: str, layout: tuple[int, int]) -> tuple:
+def loads_and_saves(source: str, target: str, layout: tuple[int, ...]) -> tuple:
     other = learner(*layout, seed=8)
     position = state.load(state.latest(Path(source)), {"agent": other})
     state.save(Path(target), position, {"agent": other}, keep=1)
     return other.weights(), other.adam(), other.optimizer.lr
 
 
-def test_weights_and_adam_moments_are_bitwise_the_same_from_tp1_to_tp2_pp2_and_back(run_ranks, tmp_path):
-    start, cut, back = (str(tmp_path / name) for name in ("start", "cut", "back"))
+def test_weights_and_adam_moments_are_bitwise_the_same_from_tp1_to_other_layouts_and_back(run_ranks, tmp_path):
+    start, cut, interleaved, back = (str(tmp_path / name) for name in ("start", "cut", "interleaved", "back"))
     ((weights, moments),) = run_ranks(1, trained_once, start)
     assert any(np.abs(value).max() > 0 for value in moments.values())
-    for world, source, target, layout in ((4, start, cut, (2, 2)), (1, cut, back, (1, 1))):
+    for world, source, target, layout in (
+        (4, start, cut, (2, 2)),
+        (2, cut, interleaved, (1, 2, 2)),
+        (1, interleaved, back, (1, 1)),
+    ):
         for found_weights, found_moments, lr in run_ranks(world, loads_and_saves, source, target, layout):
             assert equal(found_weights, weights) and equal(found_moments, moments)
             assert lr == pytest.approx(1e-2 * 2 / 3)  # second of three warm-up steps
@@ -151,7 +150,7 @@ def test_a_model_that_was_not_updated_yet_resumes_too(run_ranks, tmp_path, optio
 
 
 def two_learners(folder: str) -> None:
-    policy, critic = learner(2, 1, seed=1), learner(1, 2, seed=2)
+    policy, critic = learner(2, 1, seed=1), learner(1, 2, seed=2, arch=REWARD_MODEL)
     expected = policy.weights(), critic.weights()
     state.save(Path(folder), Position(step=1), {"agent": policy, "agent_critic": critic}, keep=1)
     policy.train()
