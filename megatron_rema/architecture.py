@@ -129,12 +129,14 @@ class Architecture:
                 )
         if virtual < 1 or (virtual > 1 and pipeline == 1):
             raise ValueError(
-                f"parallel.virtual is {virtual} with parallel.pipeline {pipeline}; virtual stages need at least 2 stages: set it to 1."
+                f"parallel.virtual_pipeline is {virtual} with parallel.pipeline {pipeline}; virtual stages need at least 2 stages: "
+                "set it to 1."
             )
         if self.num_layers % (pipeline * virtual):
             raise ValueError(
-                f"parallel.pipeline ({pipeline}) * parallel.virtual ({virtual}) = {pipeline * virtual} must divide num_hidden_layers "
-                f"({self.num_layers}) of this {self.family} model; got remainder {self.num_layers % (pipeline * virtual)}: lower one."
+                f"parallel.pipeline ({pipeline}) * parallel.virtual_pipeline ({virtual}) = {pipeline * virtual} must divide "
+                f"num_hidden_layers ({self.num_layers}) of this {self.family} model; "
+                f"got remainder {self.num_layers % (pipeline * virtual)}: lower one."
             )
 
 

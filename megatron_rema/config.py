@@ -78,9 +78,11 @@ class LayoutConfig:
 
     tensor: Count = 1
     pipeline: Count = 1
+    virtual_pipeline: Count = 1  # chunks of layers per pipeline stage, run interleaved: smaller bubbles, more messages
     sequence_parallel: bool = False
     distributed_optimizer: bool = False  # ZeRO-1
     recompute: bool = False  # recompute activations in the backward pass
+    offload: bool = False  # weights, gradients and optimizer state wait in host memory while the model is not at work
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -142,6 +144,7 @@ class RewardModelConfig:
     """What train_reward_model trains: K heads on a shared trunk, by Bradley-Terry."""
 
     heads: Count = 1
+    bootstrap: bool = False  # each head sees its own resample of the pairs
     margin: bool = False  # use the pairs' margins
     centering: NonNegative = 0.0  # weight of (chosen + rejected)^2, which keeps scores around 0
 
@@ -164,7 +167,12 @@ class AlgorithmConfig:
     log_ratio_cap: NonNegative = 3.0
     kl_coef: NonNegative = 0.0  # > 0 keeps a frozen reference copy of each policy
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    reward_kl_coef: NonNegative = 0.0  # gae: takes this times the k1 KL to the reference off the reward of every token
     entropy_coef: float = 0.0
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_coef > 0 or self.reward_kl_coef > 0
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -206,6 +214,7 @@ class TrainerConfig:
     evaluation_temperatures: Annotated[list[NonNegative], Field(min_length=1)] = field(default_factory=lambda: [1.0])  # 0: greedy
     checkpoint_every: NonNegativeInt = 0  # 0: only after the last step
     keep_checkpoints: Count = 2
+    asynchronous_checkpoints: bool = False  # write in a thread while training goes on, from a copy of the state in host memory
     save_hf: bool = True  # export each policy as a Hugging Face checkpoint at the end
 
 
@@ -228,6 +237,7 @@ class RunConfig:
     trainer: TrainerConfig
     seed: int = 0
     resume: bool = False  # continue run_dir from its latest checkpoint
+    resume_from: str | None = None  # with resume: this checkpoint instead of the latest
     score_file: str | None = None  # evaluate: score saved responses instead of playing dialogues
 
     @property
@@ -322,6 +332,16 @@ def _check_objective(config: RunConfig) -> None:
             f"algorithm.dual_clip ({algorithm.dual_clip}) must exceed 1 + algorithm.clip_high ({1 + algorithm.clip_high}), "
             "or it would clip what the first clip lets through: raise it."
         )
+    if algorithm.reward_kl_coef > 0 and algorithm.advantage != "gae":
+        raise ConfigError(
+            f"algorithm.reward_kl_coef is {algorithm.reward_kl_coef} with algorithm.advantage={algorithm.advantage}; a reward per token needs "
+            "algorithm.advantage=gae: use algorithm.kl_coef, a term of the loss, instead."
+        )
+    if config.reward_model.bootstrap and config.reward_model.heads < 2:
+        raise ConfigError(
+            f"reward_model.bootstrap is true with reward_model.heads {config.reward_model.heads}; resampling makes heads differ and needs "
+            "at least 2: raise heads or turn it off."
+        )
     if algorithm.kl_coef > 0 and algorithm.kl_estimator == "k1":
         raise ConfigError(
             f"algorithm.kl_estimator is k1 with algorithm.kl_coef {algorithm.kl_coef}; as a loss its expected gradient is 0 and it holds "
@@ -353,8 +373,12 @@ def _check_budgets(config: RunConfig) -> None:
         )
 
 
-def check_run_dir(run_dir: str, resume: bool) -> None:
+def check_run_dir(run_dir: str, resume: bool, resume_from: str | None = None) -> None:
     """Nothing that exists is overwritten: an existing run folder needs resume=true or another name."""
+    if resume_from is not None:
+        if not resume:
+            raise ConfigError(f"resume_from is {resume_from} with resume=false; a resumed run begins there: set resume=true too.")
+        check_file("resume_from", resume_from)
     exists = Path(run_dir).exists() and any(Path(run_dir).iterdir())
     if exists and not resume:
         raise ConfigError(f"run_dir {run_dir} exists and is not empty; set resume=true to continue it, or choose another run_dir.")

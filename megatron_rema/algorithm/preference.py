@@ -8,7 +8,8 @@ Sources: pairwise loss arXiv:2203.02155 eq. 1; margin arXiv:2307.09288 eq. 2; ce
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -64,19 +65,22 @@ def bradley_terry(
     margin_N: Tensor | None = None,
     centering: float = 0.0,
     weights_N: Tensor,
+    head_weights_NK: Tensor | None = None,
 ) -> tuple[Tensor, PreferenceStats]:
     """Scalar loss (a SUM, see the file's head) and its detached sums. Scores are [N], or [N, K] for an ensemble of K heads.
 
     L = mean over heads of  -log sigmoid(chosen - rejected - margin) + centering * (chosen + rejected)^2
 
     A margin (>= 0, per pair, in units of score) asks a clearly better answer to score that much higher. The preferences leave
-    the scores' origin free; centering (0.01 is usual) draws it to 0. Every head sees every pair: heads stay different by their
-    initialisation. Pairs of weight 0 are padding and are not read. No pair: loss 0 with gradient 0. Gradient flows to the scores.
+    the scores' origin free; centering (0.01 is usual) draws it to 0. Every head sees every pair, and heads differ by their
+    initialisation alone, unless ``head_weights_NK`` says how often each head sees each pair (`bootstrap_weights`); metrics count every
+    pair once. Pairs of weight 0 are padding and are not read. No pair: loss 0 with gradient 0. Gradient flows to the scores.
     """
     if not centering >= 0.0:
         raise ValueError(f"centering must be >= 0, got {centering}; 0 switches it off.")
     assert chosen_N.shape == rejected_N.shape and chosen_N.dim() in (1, 2), (chosen_N.shape, rejected_N.shape)
     assert weights_N.shape == chosen_N.shape[:1], (weights_N.shape, chosen_N.shape)
+    assert head_weights_NK is None or head_weights_NK.shape == chosen_N.shape, (head_weights_NK.shape, chosen_N.shape)
     assert margin_N is None or margin_N.shape == weights_N.shape, (margin_N.shape, weights_N.shape)
     weights_N = weights_N.detach()
     counted_N = weights_N != 0  # a NaN weight counts, and shows
@@ -90,7 +94,8 @@ def bradley_terry(
     asked_NK = gap_NK if margin_N is None else gap_NK - counted(margin_N.detach())
 
     def weighted(values_NK: Tensor) -> Tensor:
-        return masked_sum(weights_N * values_NK.mean(1), counted_N)
+        seen_NK = values_NK if head_weights_NK is None else head_weights_NK * values_NK
+        return masked_sum(weights_N * seen_NK.mean(1), counted_N)
 
     preference = weighted(softplus(-asked_NK))
     centred = centering * weighted((chosen_NK + rejected_NK).square())
@@ -112,3 +117,18 @@ def bradley_terry(
             rejected_scores_pairs=over_pairs(rejected_NK),
         )
     return loss, stats
+
+
+def bootstrap_weights(pair_ids: Sequence[int], *, num_heads: int, seed: int) -> Tensor:
+    """How often each head of an ensemble sees each pair: independent Poisson(1) draws, float32 [N, K].
+
+    The online form of resampling the pairs with replacement for every head (Oza and Russell 2001; deep ensembles on bootstrapped data
+    arXiv:1602.04621): each head misses about 37% of the pairs, so that heads disagree where the data say little. A draw is a function of
+    (seed, pair, head): it is the same in every epoch, on every rank and after a resume.
+    """
+    return torch.stack([_poisson_draws(f"{seed}/{pair_id}", num_heads) for pair_id in pair_ids]) if pair_ids else torch.empty(0, num_heads)
+
+
+def _poisson_draws(key: str, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest()))
+    return torch.poisson(torch.ones(count), generator=generator)

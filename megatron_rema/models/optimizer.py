@@ -6,6 +6,8 @@ A step whose gradients are not finite changes nothing: not the weights, not Adam
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, Distribut
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_rema.models.offload import HostOffload
 from megatron_rema.models.policy import ParallelModel
 
 # ZeRO-1 state that loads at any tensor x pipeline x data layout
@@ -37,9 +40,32 @@ class Optimizer:
         self.model = model
         self.megatron = megatron
         self.scheduler = scheduler
+        self.offload = None if model.offload is None else HostOffload(self._state_tensors, self._gradient_buffers)
         if not HAVE_APEX_OR_TE:
             for part in megatron.chained_optimizers:
                 _mend_torch_adam(part)
+
+    @contextmanager
+    def resident(self) -> Iterator[None]:
+        """Weights, gradients, master weights and Adam's moments are on the device inside; gradients begin at 0."""
+        with self.model.resident():
+            if self.offload is None:
+                yield
+            else:
+                with self.offload.resident():
+                    yield
+
+    def _state_tensors(self) -> Iterator[torch.Tensor]:
+        """Everything of the optimizer that outlives a step and is not the model's own weights."""
+        weights = {param.untyped_storage() for module in self.model.modules for param in module.parameters()}
+        for part in self.megatron.chained_optimizers:
+            masters = [param.data for group in part.param_groups for param in group["params"]]
+            moments = [value for state in part.optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+            yield from (tensor for tensor in masters + moments if tensor.untyped_storage() not in weights)
+
+    def _gradient_buffers(self) -> Iterator[torch.Tensor]:
+        for chunk in self.model.chunks:
+            yield from (buffer.grad_data for buffer in chunk.buffers + chunk.expert_parallel_buffers)
 
     def zero_grad(self) -> None:
         for chunk in self.model.chunks:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from megatron_rema.architecture import Architecture
 from megatron_rema.models.heads import ScalarHead
+from megatron_rema.models.offload import HostOffload
 from megatron_rema.models.spec import block_spec, transformer_config
 from megatron_rema.parallel import pipeline, platform
 from megatron_rema.parallel.groups import Groups
@@ -32,6 +34,7 @@ class ParallelModel:
     config: TransformerConfig
     modules: list[GPTModel]  # this rank's shard of its stage: one module, or one per virtual stage, first layers first
     chunks: list[nn.Module]  # the modules, each wrapped in megatron's DistributedDataParallel when trainable
+    offload: HostOffload | None = None  # of the weights; None: they stay on the device
 
     @property
     def module(self) -> GPTModel:
@@ -43,9 +46,14 @@ class ParallelModel:
     def is_trainable(self) -> bool:
         return isinstance(self.chunks[0], DistributedDataParallel)
 
+    def resident(self) -> AbstractContextManager[None]:
+        """The weights are on the device inside: whoever reads or runs them asks for it."""
+        return nullcontext() if self.offload is None else self.offload.resident()
+
     def forward_backward(self, batches: list[Batch], loss_fn: pipeline.LossFn, *, forward_only: bool = False) -> list[pipeline.Stats]:
         """`pipeline.forward_backward` with this model's chunks, config and groups."""
         assert forward_only or self.is_trainable, "a frozen policy has no gradients"
+        assert self.offload is None or not self.offload.is_resting, "the weights wait in host memory: run the model inside resident()"
         return pipeline.forward_backward(self.chunks, self.config, batches, loss_fn, groups=self.groups, forward_only=forward_only)
 
 
@@ -60,11 +68,13 @@ def build_policy(
     sequence_parallel: bool = False,
     recompute: bool = False,
     distributed_optimizer: bool = False,
+    offload: bool = False,
 ) -> ParallelModel:
     """This rank's part of ``arch``: ``virtual`` chunks of it, of which chunk v holds part v * stages + stage. A collective.
 
     ``seed`` draws random weights; without it they are left empty, for a checkpoint to fill. ``distributed_optimizer`` lays gradients
-    out for ZeRO-1; `build_optimizer` follows it.
+    out for ZeRO-1; `build_optimizer` follows it. ``offload``: the weights wait in host memory outside `ParallelModel.resident`, from its
+    first use on; `build_optimizer` follows it too.
     """
     config = transformer_config(
         arch,
@@ -82,10 +92,14 @@ def build_policy(
     if not trainable:
         for module in modules:
             module.requires_grad_(False)
-        return ParallelModel(arch, groups, config, modules, list(modules))
+        return ParallelModel(arch, groups, config, modules, list(modules), _offload_of(modules) if offload else None)
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer)
     wrapped = [DistributedDataParallel(config, ddp_config, module, pg_collection=groups.collection) for module in modules]
-    return ParallelModel(arch, groups, config, modules, wrapped)
+    return ParallelModel(arch, groups, config, modules, wrapped, _offload_of(modules) if offload else None)
+
+
+def _offload_of(modules: list[GPTModel]) -> HostOffload:
+    return HostOffload(lambda: [param.data for module in modules for param in module.parameters()])
 
 
 def _module(arch: Architecture, config: TransformerConfig, groups: Groups, virtual_stage: int | None) -> GPTModel:

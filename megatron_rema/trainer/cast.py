@@ -113,15 +113,17 @@ def build_model(
     model = build_policy(
         arch,
         groups=groups,
+        virtual=layout.virtual_pipeline,
         dtype=getattr(torch, config.model.dtype),
         trainable=trainable,
         seed=config.seed if random or fresh_head else None,
         sequence_parallel=layout.sequence_parallel,
         recompute=layout.recompute,
         distributed_optimizer=layout.distributed_optimizer and trainable,
+        offload=layout.offload,
     )
     if not random:
-        load_hf(model.module, arch, path, groups, fresh_head=fresh_head)
+        load_hf(model.modules, arch, path, groups, fresh_head=fresh_head)
     return model
 
 
@@ -153,7 +155,7 @@ def build_policies(
         model = build_model(config, arch, path, parallel.actor, layouts, trainable=True, random=random)
         optimizer = adam(config, model, lr=config.optimizer.lr, total_steps=total_steps)
         reference = critic = None
-        if with_others and config.algorithm.kl_coef > 0:
+        if with_others and config.algorithm.needs_reference:
             reference = build_model(config, arch, path, parallel.layout("reference"), layouts, trainable=False, random=random)
         if with_others and config.algorithm.advantage == "gae":
             trunk = replace(arch, num_scalars=1, tied=False)
@@ -168,6 +170,17 @@ def trained(policies: Mapping[str, Policy]) -> dict[str, Policy | Critic]:
     """Everything that learns, by the name that checkpoints use."""
     critics = {f"{name}_critic": policy.critic for name, policy in policies.items() if policy.critic is not None}
     return {**policies, **critics}
+
+
+def rest(policies: Mapping[str, Policy], reward_model: ParallelModel | None) -> None:
+    """Every model whose layout asks for it leaves the device until its phase of a step."""
+    for learner in trained(policies).values():
+        with learner.optimizer.resident():
+            pass
+    for model in [reward_model, *(policy.reference for policy in policies.values())]:
+        if model is not None:
+            with model.resident():
+                pass
 
 
 def build_engines(config: RunConfig, *, max_num_seqs: int | None = None) -> dict[str, Engine]:
@@ -193,7 +206,8 @@ def sync_weights(policies: Mapping[str, Policy], engines: Mapping[str, Engine], 
     """Trainer -> engines, in place, through the bridge; every engine then stamps ``weight_version`` on what it samples. A collective."""
     for name, policy in policies.items():
         model = policy.model
-        engines[name].load_weights(iterate_hf_tensors(model.module, model.arch, model.groups), weight_version)
+        with model.resident():
+            engines[name].load_weights(iterate_hf_tensors(model.modules, model.arch, model.groups), weight_version)
 
 
 def export_hf(policies: Mapping[str, Policy], folder: Path) -> list[Path]:
@@ -208,7 +222,8 @@ def export_hf(policies: Mapping[str, Policy], folder: Path) -> list[Path]:
         if first:
             shutil.rmtree(fresh, ignore_errors=True)  # left by a run that was killed
         dist.barrier()
-        save_hf(policy.model.module, policy.model.arch, policy.path, fresh, policy.model.groups)
+        with policy.model.resident():
+            save_hf(policy.model.modules, policy.model.arch, policy.path, fresh, policy.model.groups)
         if first:
             shutil.rmtree(target, ignore_errors=True)
             fresh.rename(target)

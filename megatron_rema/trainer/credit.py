@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from megatron_rema.algorithm.advantage import group_advantage, reinforce_plus_plus
 from megatron_rema.algorithm.gae import gae
+from megatron_rema.algorithm.kl import kl_estimate
 from megatron_rema.algorithm.masked import weighted_whiten
 from megatron_rema.config import AlgorithmConfig
 from megatron_rema.types import Episode, Role, Trace
@@ -42,29 +43,35 @@ def assign_advantages(episodes: Sequence[Episode], roles: Sequence[Role], algori
                 episode.advantages[role] = [value] * len(turns)
 
 
-def generalized_advantages(traces: Sequence[Trace], values: Sequence[Tensor], algorithm: AlgorithmConfig) -> dict[str, list[Tensor]]:
+def generalized_advantages(
+    traces: Sequence[Trace], columns: Mapping[str, Sequence[Tensor]], algorithm: AlgorithmConfig
+) -> dict[str, list[Tensor]]:
     """Columns ``advantages`` (whitened over every own token of the step) and ``returns``, [L-1] a trace, from the critic's ``values``.
 
-    A turn's reward stands on its last token.
+    A turn's reward stands on its last token. With ``algorithm.reward_kl_coef`` every own token also pays that times
+    log policy - log reference (``old_logprobs``, ``ref_logprobs``), whose mean is the KL: InstructGPT arXiv:2203.02155 eq. 2.
     """
     sizes = [len(trace.token_ids) - 1 for trace in traces]
     mask_T = torch.tensor([own for trace in traces for own in trace.loss_mask[1:]])
     first_turn = 0
     turn_ids: list[int] = []
     rewards: list[Tensor] = []
-    for trace in traces:
+    for index, trace in enumerate(traces):
         own = torch.tensor(trace.turn_ids[1:])
         rewards_L = torch.zeros(len(own))
+        if algorithm.reward_kl_coef > 0:
+            kl_L = kl_estimate(columns["old_logprobs"][index], columns["ref_logprobs"][index], estimator="k1")
+            rewards_L = torch.where(own >= 0, -algorithm.reward_kl_coef * kl_L, 0.0)
         for turn, reward in enumerate(trace.turn_rewards):
             places = (own == turn).nonzero()
             if len(places):
-                rewards_L[places[-1]] = reward
+                rewards_L[places[-1]] += reward
         rewards.append(rewards_L)
         turn_ids += torch.where(own >= 0, own + first_turn, -1).tolist()
         first_turn += 1 + max(trace.turn_ids)
     advantages_T, returns_T = gae(
         torch.cat(rewards),
-        torch.cat(list(values)),
+        torch.cat(list(columns["values"])),
         torch.tensor(turn_ids),
         torch.repeat_interleave(torch.arange(len(traces)), torch.tensor(sizes)),
         mask_T,

@@ -27,7 +27,7 @@ class Inputs:
 
 def read_for_training(config: RunConfig) -> Inputs:
     """Inputs of ``train``. Raises ValueError naming field, value, rule and remedy."""
-    check_run_dir(config.run_dir, config.resume)
+    check_run_dir(config.run_dir, config.resume, config.resume_from)
     architectures = _architectures(config)
     check_file("task.train_file", config.task.train_file)
     return Inputs(
@@ -40,7 +40,7 @@ def read_for_training(config: RunConfig) -> Inputs:
 
 def read_for_cold_start(config: RunConfig) -> Inputs:
     """Inputs of ``sft``."""
-    check_run_dir(config.run_dir, config.resume)
+    check_run_dir(config.run_dir, config.resume, config.resume_from)
     architectures = _architectures(config)
     check_file("task.cold_start_file", config.task.cold_start_file)
     return Inputs(architectures, dialogues=read_dialogues(config.task.cold_start_file))
@@ -48,16 +48,16 @@ def read_for_cold_start(config: RunConfig) -> Inputs:
 
 def read_for_evaluation(config: RunConfig) -> Inputs:
     """Inputs of ``evaluate``."""
-    check_run_dir(config.run_dir, config.resume)
+    check_run_dir(config.run_dir, config.resume, config.resume_from)
     return Inputs(_architectures(config), evaluation_sets=_evaluation_sets(config))
 
 
 def read_for_reward_model(config: RunConfig) -> Inputs:
     """Inputs of ``train_reward_model``: pairs, and the one trunk at model.path."""
-    check_run_dir(config.run_dir, config.resume)
+    check_run_dir(config.run_dir, config.resume, config.resume_from)
     arch = Architecture.from_pretrained(config.model.path)
     layout = config.parallel.layout("reward_model")
-    arch.check_layout(layout.tensor, layout.pipeline)
+    arch.check_layout(layout.tensor, layout.pipeline, layout.virtual_pipeline)
     check_file("task.preference_file", config.task.preference_file)
     heldout = config.task.preference_heldout_file
     if heldout is not None:
@@ -79,7 +79,7 @@ def _reward_model(config: RunConfig, architectures: dict[str, Architecture]) -> 
             f"reward.model_path {path} is a language model; it must be a sequence-classification folder: train_reward_model writes one."
         )
     layout = config.parallel.layout("reward_model")
-    arch.check_layout(layout.tensor, layout.pipeline)
+    arch.check_layout(layout.tensor, layout.pipeline, layout.virtual_pipeline)
     policy = Path(config.model_path(next(iter(architectures))))
     if (path / "tokenizer.json").read_bytes() != (policy / "tokenizer.json").read_bytes():
         raise ConfigError(
@@ -112,7 +112,7 @@ def _architectures(config: RunConfig) -> dict[str, Architecture]:
         arch = Architecture.from_pretrained(path)
         for model in ("actor", "critic", "reference"):
             layout = config.parallel.layout(model)
-            arch.check_layout(layout.tensor, layout.pipeline)
+            arch.check_layout(layout.tensor, layout.pipeline, layout.virtual_pipeline)
         if not (path / "tokenizer.json").exists():
             raise ConfigError(f"model.path {path} has no tokenizer.json; dialogues need the model's tokenizer: copy its files there.")
         tokenizers[name] = (path / "tokenizer.json").read_bytes()

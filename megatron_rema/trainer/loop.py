@@ -36,6 +36,7 @@ from megatron_rema.trainer.cast import (
     dialogue_rules,
     export_hf,
     process_group,
+    rest,
     sync_weights,
     trained,
 )
@@ -76,6 +77,7 @@ class Study:
     sets: dict[str, list[Prompt]]
     verifier: VerifierPool
     folder: RunFolder
+    checkpoints: state.Checkpoints
     reporter: Reporter
     position: state.Position
 
@@ -96,6 +98,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
             layout = config.parallel.layout("reward_model")
             reward_model = build_model(config, inputs.reward_model, config.reward.model_path, layout, layouts, trainable=False)
         position = state.restore(config, trained(policies), folder)
+        rest(policies, reward_model)
         if position.step:
             reporter.say(f"resumed at step {position.step}")
         folder.write_config(as_mapping(config))
@@ -113,6 +116,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
                 sets=inputs.evaluation_sets or {},
                 verifier=verifier,
                 folder=folder,
+                checkpoints=state.checkpoints_of(config, folder),
                 reporter=reporter,
                 position=position,
             )
@@ -139,6 +143,9 @@ def run(study: Study) -> None:
                 evaluate(study)
             if last or (trainer.checkpoint_every and position.step % trainer.checkpoint_every == 0):
                 checkpoint(study)
+            else:
+                study.checkpoints.finish_pending(wait=False)
+    study.checkpoints.finish_pending()
     if trainer.save_hf and (started < trainer.steps or not (study.folder.path / "hf").exists()):
         for path in export_hf(study.policies, study.folder.path / "hf"):
             reporter.say(f"policy exported: {path}")
@@ -251,13 +258,13 @@ def score(study: Study, policy: Policy, traces: Sequence[Trace]) -> dict[str, li
     config = study.config
     tokens, temperature = config.trainer.microbatch_tokens, config.rollout.temperature
     columns: dict[str, list[Tensor]] = {}
-    if config.trainer.minibatches_per_step > 1:
+    if config.trainer.minibatches_per_step > 1 or config.algorithm.reward_kl_coef > 0:
         columns["old_logprobs"] = label_logprobs(policy.model, traces, temperature=temperature, microbatch_tokens=tokens)
     if policy.reference is not None:
         columns["ref_logprobs"] = label_logprobs(policy.reference, traces, temperature=temperature, microbatch_tokens=tokens)
     if policy.critic is not None:
         columns["values"] = [values[:, 0] for values in scalars(policy.critic.model, traces, microbatch_tokens=tokens)]
-        columns |= generalized_advantages(traces, columns["values"], config.algorithm)
+        columns |= generalized_advantages(traces, columns, config.algorithm)
     return columns
 
 
@@ -306,8 +313,7 @@ def evaluate(study: Study) -> None:
 
 
 def checkpoint(study: Study) -> None:
-    keep = study.config.trainer.keep_checkpoints
-    study.reporter.say(f"checkpoint: {state.save(study.folder.checkpoints, study.position, trained(study.policies), keep=keep)}")
+    study.reporter.say(f"checkpoint: {study.checkpoints.save(study.position, trained(study.policies))}")
 
 
 def explain(config: RunConfig, reporter: Reporter) -> None:
@@ -320,7 +326,7 @@ def explain(config: RunConfig, reporter: Reporter) -> None:
         else "one update per rollout: the ratio is identically 1 and clipping never acts"
     )
     world = dist.get_world_size()
-    models = ["actor"] + ["critic"] * (algorithm.advantage == "gae") + ["reference"] * (algorithm.kl_coef > 0)
+    models = ["actor"] + ["critic"] * (algorithm.advantage == "gae") + ["reference"] * algorithm.needs_reference
     models += ["reward_model"] * (config.reward.model_path is not None)
     cuts = []
     for model in models:

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rema.algorithm.preference import PreferenceStats, bradley_terry
+from megatron_rema.algorithm.preference import PreferenceStats, bootstrap_weights, bradley_terry
 from megatron_rema.bridge.weights import save_hf
-from megatron_rema.config import RunConfig
+from megatron_rema.config import RewardModelConfig, RunConfig
 from megatron_rema.models.policy import ParallelModel
 from megatron_rema.parallel.microbatch import padded_tokens, plan_microbatches
 from megatron_rema.parallel.pipeline import reduce_stats
@@ -33,8 +33,9 @@ from megatron_rema.types import Batch, Role, Trace
 
 @dataclass(frozen=True)
 class Pair:
-    """Scoring views of two dialogues about one question."""
+    """Scoring views of two dialogues about one question. ``number``: its place in the file, from 0."""
 
+    number: int
     chosen: Trace
     rejected: Trace
     margin: float
@@ -69,7 +70,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
 
     def views(written: Sequence) -> list[Pair]:
         margin = 1.0 if settings.margin else 0.0
-        return [Pair(view(p.question, p.chosen), view(p.question, p.rejected), margin * p.margin) for p in written]
+        return [Pair(i, view(p.question, p.chosen), view(p.question, p.rejected), margin * p.margin) for i, p in enumerate(written)]
 
     pairs, heldout = views(inputs.pairs), views(inputs.heldout_pairs)
     (arch,) = inputs.architectures.values()
@@ -88,7 +89,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
             "reward model",
             pairs,
             learners={"reward_model": learner},
-            update=lambda chosen: _update(learner, chosen, centering=settings.centering, microbatch_tokens=tokens),
+            update=lambda chosen: _update(learner, chosen, settings=settings, seed=config.seed, microbatch_tokens=tokens),
             folder=folder,
             reporter=reporter,
         )
@@ -101,7 +102,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
                 )
         target = folder.path / "hf" / "reward_model"
         if not _exists_anywhere(target):
-            save_hf(model.module, arch, config.model.path, target, model.groups)
+            save_hf(model.modules, arch, config.model.path, target, model.groups)
         reporter.say(f"reward model exported: {target}")
 
 
@@ -119,7 +120,7 @@ def pairwise_accuracy(model: ParallelModel, pairs: Sequence[Pair], *, microbatch
     return float(((difference > 0).float() + 0.5 * (difference == 0).float()).mean())
 
 
-def _update(learner: Critic, pairs: Sequence[Pair], *, centering: float, microbatch_tokens: int) -> dict[str, float]:
+def _update(learner: Critic, pairs: Sequence[Pair], *, settings: RewardModelConfig, seed: int, microbatch_tokens: int) -> dict[str, float]:
     """One Bradley-Terry step. A pair is never parted: both dialogues lie in one microbatch, chosen first."""
     groups = learner.model.groups
     lengths = [len(pair.chosen.token_ids) + len(pair.rejected.token_ids) - 2 for pair in pairs]
@@ -128,13 +129,23 @@ def _update(learner: Critic, pairs: Sequence[Pair], *, centering: float, microba
     length = padded_tokens(plan, lengths, multiple=multiple)
     mine = plan[groups.data_rank]
     batches = [to_device(pack([trace for i in indices for trace in (pairs[i].chosen, pairs[i].rejected)], length)) for indices in mine]
-    margins = {id(batch): torch.tensor([pairs[i].margin for i in indices]) for batch, indices in zip(batches, mine, strict=True)}
+    pairs_of = {id(batch): [pairs[i] for i in indices] for batch, indices in zip(batches, mine, strict=True)}
 
     def loss(values_TK: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         scores_NK = values_TK[batch.loss_mask]  # chosen, rejected, chosen, ...
-        margin_N = margins[id(batch)].to(scores_NK.device)
-        weights_N = torch.full_like(margin_N, 1.0 / len(pairs))
-        total, stats = bradley_terry(scores_NK[0::2], scores_NK[1::2], margin_N=margin_N, centering=centering, weights_N=weights_N)
+        own = pairs_of[id(batch)]
+        margin_N = torch.tensor([pair.margin for pair in own], device=scores_NK.device)
+        seen_NK = None
+        if settings.bootstrap:
+            seen_NK = bootstrap_weights([pair.number for pair in own], num_heads=settings.heads, seed=seed).to(scores_NK.device)
+        total, stats = bradley_terry(
+            scores_NK[0::2],
+            scores_NK[1::2],
+            margin_N=margin_N,
+            centering=settings.centering,
+            weights_N=torch.full_like(margin_N, 1.0 / len(pairs)),
+            head_weights_NK=seen_NK,
+        )
         return total, stats.as_dict()
 
     learner.optimizer.zero_grad()

@@ -58,7 +58,8 @@ def _per_trace(
         values_TK = outputs(local, batch).detach().float()
         return values_TK.sum(), {"values": values_TK}
 
-    results = model.forward_backward(batches, keep, forward_only=True)
+    with model.resident():
+        results = model.forward_backward(batches, keep, forward_only=True)
     shapes = [{"values": torch.empty(length, width, device=batch.tokens.device)} for batch in batches]
     mine = torch.stack([result["values"] for result in broadcast_from_last_stage(results, shapes, groups)])
     everyone = [torch.empty_like(mine) for _ in range(groups.data_size)]

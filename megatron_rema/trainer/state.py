@@ -20,6 +20,7 @@ import queue
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -92,15 +93,18 @@ class Checkpoints:
             for name in trained:
                 (partial / name).mkdir(parents=True)
         dist.barrier()
-        requests = [_request(one, partial / name) for name, one in trained.items()]
-        requests = [_staged(request, as_copies=self.asynchronous) for request in requests]
-        state = json.dumps({**asdict(position), "architectures": _architectures(trained)}, indent=1)
-        writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        written = writer.submit(_write, requests, partial)
-        writer.shutdown(wait=False)
-        self._pending = _Pending(target, state, requests, written)
-        if not self.asynchronous:
-            self.finish_pending()
+        with ExitStack() as on_device:
+            for one in trained.values():
+                on_device.enter_context(one.optimizer.resident())
+            requests = [_request(one, partial / name) for name, one in trained.items()]
+            requests = [_staged(request, as_copies=self.asynchronous) for request in requests]
+            state = json.dumps({**asdict(position), "architectures": _architectures(trained)}, indent=1)
+            writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            written = writer.submit(_write, requests, partial)
+            writer.shutdown(wait=False)
+            self._pending = _Pending(target, state, requests, written)
+            if not self.asynchronous:
+                self.finish_pending()
         return target
 
     def finish_pending(self, *, wait: bool = True) -> Path | None:
@@ -144,9 +148,10 @@ class Checkpoints:
                 _remove(old)
 
 
-def save(folder: Path, position: Position, trained: Mapping[str, Trained], *, keep: int) -> Path:
-    """Write checkpoint ``position.step``, wait for it, and drop all but the newest ``keep``. A collective."""
-    return Checkpoints(folder, keep=keep).save(position, trained)
+def checkpoints_of(config: RunConfig, folder: RunFolder) -> Checkpoints:
+    """The checkpoints of a run, as its settings want them."""
+    trainer = config.trainer
+    return Checkpoints(folder.checkpoints, keep=trainer.keep_checkpoints, asynchronous=trainer.asynchronous_checkpoints)
 
 
 def latest(folder: Path) -> Path | None:
@@ -194,7 +199,7 @@ def restore(config: RunConfig, trained: Mapping[str, Trained], folder: RunFolder
 
     Rows that later steps had written are cut, and later checkpoints are set aside as ``set_aside_step_NNNNNN``: nobody else deletes them.
     """
-    chosen = getattr(config, "resume_from", None)
+    chosen = config.resume_from
     path = Path(chosen) if chosen else latest(folder.checkpoints) if config.resume else None
     position = Position() if path is None else load(path, trained)
     folder.cut_after(-1 if path is None else position.step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TypeVar
 
 from megatron_rema.config import RunConfig, as_mapping
@@ -31,7 +32,10 @@ def fit(
     position = state.restore(config, learners, folder)
     folder.write_config(as_mapping(config))
     reporter.say(f"{title}: {len(examples)} examples, {trainer.steps} steps of {trainer.global_batch_dialogues}")
-    with reporter.run(title, total=trainer.steps, done=position.step):
+    checkpoints = state.checkpoints_of(config, folder)
+    with ExitStack() as at_work, reporter.run(title, total=trainer.steps, done=position.step):
+        for learner in learners.values():  # nobody else needs the device meanwhile
+            at_work.enter_context(learner.optimizer.resident())
         while position.step < trainer.steps:
             begin = time.perf_counter()
             chosen = draw(examples, trainer.global_batch_dialogues, position.prompts_taken, config.seed)
@@ -45,7 +49,10 @@ def fit(
                 losses = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name.endswith(("loss", "accuracy")))
                 reporter.step_done(position.step, f"{losses}  {seconds:.2f} s")
             if last or (trainer.checkpoint_every and position.step % trainer.checkpoint_every == 0):
-                state.save(folder.checkpoints, position, learners, keep=trainer.keep_checkpoints)
+                checkpoints.save(position, learners)
+            else:
+                checkpoints.finish_pending(wait=False)
+        checkpoints.finish_pending()
 
 
 def draw(examples: Sequence[Example], count: int, taken: int, seed: int) -> list[Example]:

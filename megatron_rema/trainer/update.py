@@ -65,10 +65,11 @@ def update_policy(
         gap_T = torch.where(batch.loss_mask, (old_logprobs_T - batch.rollout_logprobs).abs(), 0.0)
         return total, {**stats.as_dict(), "gap_sum": gap_T.sum(), "gap_max": gap_T.max()}
 
-    optimizer.zero_grad()
-    outputs = model.forward_backward(list(batches), loss)
+    with optimizer.resident():
+        optimizer.zero_grad()
+        outputs = model.forward_backward(list(batches), loss)
+        result = optimizer.step()
     stats = reduce_stats(outputs, model.groups, maxima=("gap_max",))
-    result = optimizer.step()
     means = PolicyLossStats.means(stats, level=algorithm.ratio_level)
     return {
         **{f"train/{name}": value for name, value in means.items()},
@@ -89,9 +90,11 @@ def update_critic(model: ParallelModel, optimizer: Optimizer, batches: Sequence[
         )
         return total, stats.as_dict()
 
-    optimizer.zero_grad()
-    stats = reduce_stats(model.forward_backward(list(batches), loss), model.groups)
-    result = optimizer.step()
+    with optimizer.resident():
+        optimizer.zero_grad()
+        outputs = model.forward_backward(list(batches), loss)
+        result = optimizer.step()
+    stats = reduce_stats(outputs, model.groups)
     return {
         **{f"critic/{name}": value for name, value in ValueLossStats.means(stats).items()},
         "critic/grad_norm": result.grad_norm,

@@ -46,7 +46,7 @@ class Learner:
         return rows
 
     def weights(self) -> dict[str, np.ndarray]:
-        return gather(self.model, lambda param: param.data.float())
+        return gather(self.model, lambda param: param.data.float().clone())  # numpy would pin the storage
 
     def adam(self) -> dict[str, np.ndarray]:
         """Adam's moments as whole tensors, of the plain fp32 optimizer."""
@@ -109,14 +109,14 @@ def test_steps_after_a_resume_are_bitwise_those_of_the_uninterrupted_run(run_ran
 def trained_once(folder: str) -> tuple:
     one = learner()
     one.train(2)
-    state.save(Path(folder), Position(step=2), {"agent": one}, keep=1)
+    state.Checkpoints(Path(folder), keep=1).save(Position(step=2), {"agent": one})
     return one.weights(), one.adam()
 
 
 def loads_and_saves(source: str, target: str, layout: tuple[int, ...]) -> tuple:
     other = learner(*layout, seed=8)
     position = state.load(state.latest(Path(source)), {"agent": other})
-    state.save(Path(target), position, {"agent": other}, keep=1)
+    state.Checkpoints(Path(target), keep=1).save(position, {"agent": other})
     return other.weights(), other.adam(), other.optimizer.lr
 
 
@@ -137,7 +137,7 @@ def test_weights_and_adam_moments_are_bitwise_the_same_from_tp1_to_other_layouts
 def loads_before_its_first_step(folder: str, options: dict) -> None:
     one = learner(**options)
     expected = one.weights()
-    state.save(Path(folder), Position(), {"agent": one}, keep=1)
+    state.Checkpoints(Path(folder), keep=1).save(Position(), {"agent": one})
     rows = one.train(2)
     other = learner(seed=8, **options)
     state.load(Path(folder) / "step_000000", {"agent": other})
@@ -152,7 +152,7 @@ def test_a_model_that_was_not_updated_yet_resumes_too(run_ranks, tmp_path, optio
 def two_learners(folder: str) -> None:
     policy, critic = learner(2, 1, seed=1), learner(1, 2, seed=2, arch=REWARD_MODEL)
     expected = policy.weights(), critic.weights()
-    state.save(Path(folder), Position(step=1), {"agent": policy, "agent_critic": critic}, keep=1)
+    state.Checkpoints(Path(folder), keep=1).save(Position(step=1), {"agent": policy, "agent_critic": critic})
     policy.train()
     critic.train()
     assert not equal(policy.weights(), expected[0]) and not equal(critic.weights(), expected[1])
@@ -290,7 +290,7 @@ def saves_step_four(folder: str, keep: int) -> list[str]:
     one = learner()
     (Path(folder) / ".partial_step_000002" / "agent").mkdir(parents=True)
     (Path(folder) / ".partial_removed_step_000001").mkdir()
-    state.save(Path(folder), Position(step=4), {"agent": one}, keep=keep)
+    state.Checkpoints(Path(folder), keep=keep).save(Position(step=4), {"agent": one})
     return sorted(path.name for path in Path(folder).iterdir())
 
 
@@ -315,7 +315,7 @@ def test_a_save_keeps_the_newest_whole_ones_and_clears_what_killed_saves_left(ru
 def goes_back(run_dir: str) -> tuple[Position, Position]:
     one, folder = learner(2), RunFolder(run_dir, writes=dist.get_rank() == 0)
     chosen = state.restore(SimpleNamespace(resume=True, resume_from=f"{run_dir}/checkpoints/step_000002"), {"agent": one}, folder)
-    return chosen, state.restore(SimpleNamespace(resume=True), {"agent": one}, folder)
+    return chosen, state.restore(SimpleNamespace(resume=True, resume_from=None), {"agent": one}, folder)
 
 
 def test_a_run_that_resumes_from_the_offered_checkpoint_continues_there_from_then_on(run_ranks, checkpoints):
@@ -370,7 +370,7 @@ def loads_the_latest(folder: str) -> tuple[int, list, list[str]]:
     one = learner(seed=9)
     position = state.load(state.latest(Path(folder)), {"agent": one})
     weights = one.weights()
-    state.save(Path(folder), Position(step=5), {"agent": one}, keep=1)
+    state.Checkpoints(Path(folder), keep=1).save(Position(step=5), {"agent": one})
     return position.step, weights, sorted(path.name for path in Path(folder).iterdir())
 
 

@@ -62,7 +62,7 @@ def _save_training_checkpoint(path: Path, folder: Path, tensor: int, pipeline: i
     load_hf(model.module, arch, path, groups)
     folder.mkdir(exist_ok=True)
     learner = _Learner(model, build_optimizer(model, lr=1e-3, total_steps=1))
-    state.save(folder, state.Position(step=7), {"policy": learner}, keep=1)
+    state.Checkpoints(folder, keep=1).save(state.Position(step=7), {"policy": learner})
 
 
 @pytest.mark.parametrize(("name", "tensor", "pipeline"), [("qwen2_tied", 2, 2), ("qwen3", 2, 1), ("llama3", 1, 2)])

@@ -551,7 +551,7 @@ def test_what_cannot_run_is_refused_with_field_value_rule_and_remedy(run_ranks):
     for messages in run_ranks(2, refusals):
         assert "parallel.tensor (2) * parallel.pipeline (3) = 6 must divide world_size (2); got remainder 2" in messages["layout"]
         assert "parallel.tensor (2) must divide num_key_value_heads (1)" in messages["heads"]
-        assert "parallel.virtual is 2 with parallel.pipeline 1; virtual stages need at least 2 stages" in messages["virtual"]
+        assert "parallel.virtual_pipeline is 2 with parallel.pipeline 1; virtual stages need at least 2 stages" in messages["virtual"]
         assert "microbatches of one step have [64, 72] tokens" in messages["lengths"]
         assert "multiple of 2 tokens; got 61" in messages["multiple"]
         assert "needs at least one" in messages["none"]

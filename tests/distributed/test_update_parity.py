@@ -122,7 +122,7 @@ def two_critic_updates(tensor: int, pipeline: int, microbatch_tokens: int) -> tu
     optimizer = build_optimizer(model, lr=1e-2, total_steps=2, eps=1e-3)
     step = [replace(trace, turn_rewards=tuple(range(len(trace.turn_rewards)))) for trace in traces()]
     columns = {"values": [values[:, 0] for values in scalars(model, step, microbatch_tokens=microbatch_tokens)]}
-    columns |= generalized_advantages(step, columns["values"], AlgorithmConfig(advantage="gae", gae_lambda=0.9, turn_lambda=0.8))
+    columns |= generalized_advantages(step, columns, AlgorithmConfig(advantage="gae", gae_lambda=0.9, turn_lambda=0.8))
     shape = {"aggregation": "token", "max_turns": 4, "microbatch_tokens": microbatch_tokens}
     batches = pack_for_rank(step, groups=groups, columns=columns, **shape)
     metrics = [update_critic(model, optimizer, batches, value_clip=0.2) for _ in range(2)]

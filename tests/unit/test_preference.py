@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_rema.algorithm.preference import PreferenceStats, bradley_terry
+from megatron_rema.algorithm.preference import PreferenceStats, bootstrap_weights, bradley_terry
 
 NAN = float("nan")
 
@@ -141,3 +141,27 @@ def test_sums_over_microbatches_give_the_metrics_of_the_whole():
 def test_a_negative_centering_is_refused_with_its_value(centering):
     with pytest.raises(ValueError, match=f"got {centering}"):
         bradley_terry(torch.ones(1), torch.zeros(1), centering=centering, weights_N=torch.ones(1))
+
+
+def test_a_head_sees_a_pair_as_often_as_its_bootstrap_says():
+    # head 0 sees the pair of gap 1 twice (2 * .313262), head 1 never; head 0 never sees the pair of gap 0, head 1 once (log 2 = .693147)
+    chosen_NK = torch.tensor([[1.0, 1.0], [0.5, 0.5]], requires_grad=True)
+    rejected_NK = torch.tensor([[0.0, 0.0], [0.5, 0.5]])
+    seen_NK = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    loss, stats = bradley_terry(chosen_NK, rejected_NK, weights_N=torch.tensor([0.5, 0.5]), head_weights_NK=seen_NK)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.5 * (0.626523 + 0.693147) / 2, abs=1e-5)  # mean over heads, then the weights
+    assert chosen_NK.grad.tolist()[0][1] == chosen_NK.grad.tolist()[1][0] == 0.0
+    assert stats.num_pairs.item() == 2.0 and stats.correct_pairs.item() == 1.5  # metrics count every pair once
+
+
+def test_bootstrap_weights_are_poisson_and_a_function_of_the_pair_alone():
+    seen_NK = bootstrap_weights(range(4000), num_heads=3, seed=0)
+    assert seen_NK.shape == (4000, 3)
+    # Poisson(1): mean 1, variance 1, P(0) = e^-1 = .368; 12,000 draws: standard errors .009, .016 and .0044, five of them allowed
+    assert seen_NK.mean().item() == pytest.approx(1.0, abs=0.046)
+    assert seen_NK.var().item() == pytest.approx(1.0, abs=0.08)
+    assert (seen_NK == 0).float().mean().item() == pytest.approx(math.exp(-1), abs=0.022)
+    assert abs(torch.corrcoef(seen_NK.T)[0, 1].item()) < 0.08, "heads draw independently"
+    assert torch.equal(bootstrap_weights([17, 3], num_heads=3, seed=0), seen_NK[[17, 3]])
+    assert not torch.equal(bootstrap_weights([17, 3], num_heads=3, seed=1), seen_NK[[17, 3]])
