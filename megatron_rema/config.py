@@ -334,8 +334,8 @@ def _check_objective(config: RunConfig) -> None:
         )
     if algorithm.reward_kl_coef > 0 and algorithm.advantage != "gae":
         raise ConfigError(
-            f"algorithm.reward_kl_coef is {algorithm.reward_kl_coef} with algorithm.advantage={algorithm.advantage}; a reward per token needs "
-            "algorithm.advantage=gae: use algorithm.kl_coef, a term of the loss, instead."
+            f"algorithm.reward_kl_coef is {algorithm.reward_kl_coef} with algorithm.advantage={algorithm.advantage}; a reward per token "
+            "needs algorithm.advantage=gae: use algorithm.kl_coef, a term of the loss, instead."
         )
     if config.reward_model.bootstrap and config.reward_model.heads < 2:
         raise ConfigError(

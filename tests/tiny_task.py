@@ -15,16 +15,17 @@ def save_tiny_task(folder: Path) -> list[str]:
     problems = [{"question": f"{a} + {b}", "answer": str(a + b), "level": 1} for a in range(6) for b in range(6)]
     _write(folder / "train.jsonl", problems)
     _write(folder / "heldout.jsonl", problems[:6])
-    turns = [{"role": "meta_thinking", "text": "add [FINISH]"}]
-    _write(
-        folder / "dialogues.jsonl", [{**p, "turns": [*turns, {"role": "reasoning", "text": f"\\boxed{{{p['answer']}}}"}]} for p in problems]
-    )
+    _write(folder / "dialogues.jsonl", [{**p, "turns": dialogue(p["answer"])} for p in problems])
+    _write(folder / "preferences.jsonl", [pair(p, wrong) for p in problems for wrong in range(11) if str(wrong) != p["answer"]])
+    _write(folder / "preferences_heldout.jsonl", [pair(p, int(p["answer"]) + 1) for p in problems])
     save_tiny_model(folder / "model", tokenizer=tiny_tokenizer("chatml"))
     return [
         f"task.train_file={folder}/train.jsonl",
         f"task.evaluation_files.heldout={folder}/heldout.jsonl",
         "~task.evaluation_files.ood",
         f"task.cold_start_file={folder}/dialogues.jsonl",
+        f"task.preference_file={folder}/preferences.jsonl",
+        f"task.preference_heldout_file={folder}/preferences_heldout.jsonl",
         f"model.path={folder}/model",
         "model.dtype=float32",
         "rollout.prompts_per_step=4",
@@ -37,6 +38,15 @@ def save_tiny_task(folder: Path) -> list[str]:
         "engine.max_num_seqs=16",
         "engine.kv_cache_mib=16",
     ]
+
+
+def dialogue(answer: str) -> list[dict]:
+    return [{"role": "meta_thinking", "text": "add [FINISH]"}, {"role": "reasoning", "text": f"\\boxed{{{answer}}}"}]
+
+
+def pair(problem: dict, wrong: int) -> dict:
+    """A preference: the right answer over a wrong one."""
+    return {"question": problem["question"], "chosen": dialogue(problem["answer"]), "rejected": dialogue(str(wrong))}
 
 
 def _write(file: Path, rows: list[dict]) -> None:

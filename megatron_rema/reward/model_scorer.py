@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Literal
 
@@ -17,25 +17,37 @@ def combine(heads: Sequence[float], ensemble: Ensemble) -> float:
 
 
 def add_model_scores(
-    episodes: Sequence[Episode], heads: Sequence[Sequence[float]], *, weight: float, ensemble: Ensemble
+    episodes: Sequence[Episode],
+    heads: Mapping[str, Sequence[float]],
+    *,
+    weight: float,
+    ensemble: Ensemble,
+    mask_unfinished_reward: bool = True,
 ) -> dict[str, float]:
     """Note each episode's score (``model_score``) and add ``weight`` times it to the last turn of every role that is rewarded.
 
-    Returns metrics; ``heads`` holds the K outputs of each episode.
+    ``heads`` holds the K outputs of each episode by its id. An episode in which the reasoner never spoke has none: it gets the lowest
+    score of the others, for no answer must not be worth more than a bad one. ``mask_unfinished_reward``: as in `assign`, an episode that
+    did not end as the protocol wants earns at most 0.0, however well it scores. Returns metrics.
     """
-    scores = [combine(values, ensemble) for values in heads]
-    for episode, score in zip(episodes, scores, strict=True):
-        episode.score["model_score"] = score
+    scores = {episode_id: combine(values, ensemble) for episode_id, values in heads.items()}
+    lowest = min(scores.values(), default=0.0)
+    for episode in episodes:
+        episode.score["model_score"] = scores.get(episode.episode_id, lowest)
         for rewards in episode.turn_rewards.values():
-            rewards[-1] += weight * score
-    if not scores:
+            rewards[-1] += weight * episode.score["model_score"]
+            if mask_unfinished_reward and episode.status.is_cut:
+                rewards[-1] = min(rewards[-1], 0.0)
+    if not episodes:
         return {}
-    spread = [max(values) - min(values) for values in heads]
-    right = [score for episode, score in zip(episodes, scores, strict=True) if episode.score.get("correct")]
-    wrong = [score for episode, score in zip(episodes, scores, strict=True) if not episode.score.get("correct")]
-    metrics = {"reward/model/mean": fmean(scores), "reward/model/head_spread_mean": fmean(spread)}
-    if right:
-        metrics["reward/model/mean_when_correct"] = fmean(right)
-    if wrong:
-        metrics["reward/model/mean_when_wrong"] = fmean(wrong)
+    answered = [episode for episode in episodes if episode.episode_id in scores]
+    groups = {
+        "mean": answered,
+        "mean_when_correct": [episode for episode in answered if episode.score.get("correct")],
+        "mean_when_wrong": [episode for episode in answered if not episode.score.get("correct")],
+    }
+    metrics = {f"reward/model/{name}": fmean(e.score["model_score"] for e in group) for name, group in groups.items() if group}
+    metrics["reward/model/unanswered_frac"] = 1 - len(answered) / len(episodes)
+    if answered:
+        metrics["reward/model/head_spread_mean"] = fmean(max(values) - min(values) for values in heads.values())
     return metrics

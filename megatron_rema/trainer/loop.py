@@ -209,9 +209,15 @@ def score_with_reward_model(study: Study, episodes: Sequence[Episode]) -> dict[s
     if study.reward_model is None:
         return {}
     with study.reporter.phase("reward_model"):
-        views = [next(trace for trace in traces_of(episode) if trace.role is Role.REASONING) for episode in episodes]
-        heads = episode_scores(study.reward_model, views, microbatch_tokens=study.config.trainer.microbatch_tokens)
-    return add_model_scores(episodes, heads, weight=reward.model_weight, ensemble=reward.model_ensemble)
+        views = {e.episode_id: trace for e in episodes for trace in traces_of(e) if trace.role is Role.REASONING}
+        scores = episode_scores(study.reward_model, list(views.values()), microbatch_tokens=study.config.trainer.microbatch_tokens)
+    return add_model_scores(
+        episodes,
+        dict(zip(views, scores, strict=True)),
+        weight=reward.model_weight,
+        ensemble=reward.model_ensemble,
+        mask_unfinished_reward=reward.mask_unfinished_reward,
+    )
 
 
 def active_policies(study: Study) -> list[Policy]:

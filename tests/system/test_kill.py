@@ -1,6 +1,7 @@
 """kill -9 at random moments of a run: what the resumed run does next is bitwise what the uninterrupted run did.
 
-Two runs are killed by default; MEGATRON_REMA_KILLS=20 kills twenty.
+The run is PPO with actor and critic at layouts of their own, its checkpoints written while it trains on. Two runs are killed by default;
+MEGATRON_REMA_KILLS=20 kills twenty.
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ SETTINGS = [
     "trainer.evaluate_every=2",
     "trainer.evaluation_problems=4",
     "trainer.keep_checkpoints=2",
+    "trainer.asynchronous_checkpoints=true",
+    "algorithm=ppo",
+    "parallel.actor.tensor=2",
+    "parallel.critic={tensor:1,pipeline:2,distributed_optimizer:true}",
+    "critic.lr=0.002",
+    "critic.warmup_steps=1",
     "trainer.save_hf=false",
     "optimizer.lr=0.001",
     "reward.verifier_timeout_s=100",  # a verdict must not depend on how busy the machine is
