@@ -126,6 +126,7 @@ class Episode:
     score: dict[str, float] = field(default_factory=dict)  # reward components, raw
     turn_rewards: dict[Role, list[float]] = field(default_factory=dict)  # [K] per role
     advantages: dict[Role, list[float]] = field(default_factory=dict)  # [K] per role
+    plan_of: str | None = None  # episode_id whose first meta-thinker turn this episode shares (several answers to one plan); None: its own
 
     def turns_of(self, role: Role) -> list[Turn]:
         return [turn for turn in self.turns if turn.role is role]
@@ -156,6 +157,7 @@ class Episode:
             score=dict(row["score"]),
             turn_rewards={Role(role): list(v) for role, v in row["turn_rewards"].items()},
             advantages={Role(role): list(v) for role, v in row["advantages"].items()},
+            plan_of=row.get("plan_of"),
         )
 
 

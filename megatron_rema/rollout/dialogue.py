@@ -32,15 +32,18 @@ class DialogueRules:
     temperature: float = 1.0
     top_p: float = 1.0
     end_on_truncated_turn: bool = True  # False: only a truncated last turn spoils the episode
+    samples_per_plan: int = 1  # consecutive episodes of a prompt that answer one and the same first plan
 
     def __post_init__(self) -> None:
         if self.roles not in (TWO_ROLES, ONE_ROLE):
             raise ValueError(f"roles must be (meta_thinking, reasoning) or (reasoning,), got {tuple(map(str, self.roles))}.")
-        for name in ("max_rounds", "max_turn_tokens", "max_episode_tokens", "max_context_tokens"):
+        for name in ("max_rounds", "max_turn_tokens", "max_episode_tokens", "max_context_tokens", "samples_per_plan"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.finish_marker is not None and not self.finish_marker.strip():
             raise ValueError(f"finish_marker must hold text, got {self.finish_marker!r}; None plays max_rounds rounds without a marker.")
+        if self.samples_per_plan > 1 and self.roles != TWO_ROLES:
+            raise ValueError(f"samples_per_plan is {self.samples_per_plan} where nobody plans: it needs both roles; set it to 1.")
         missing = [name for name in ("question", "instruction") if f"{{{name}}}" not in self.reasoner_template]
         if missing:
             raise ValueError(f"reasoner_template must hold {{{missing[0]}}}, got {self.reasoner_template!r}.")
@@ -59,12 +62,23 @@ class DialogueRules:
         return re.sub(r"\{(question|instruction)\}", lambda match: messages[match[1]], self.reasoner_template)
 
 
-class Dialogue:
-    """One dialogue in progress. The same for sampled turns (RL) and written ones (cold start), so both see the same tokens."""
+Chats = ChatFormat | Mapping[Role, ChatFormat]  # one chat format for everyone, or one a role: agents may have different tokenizers
 
-    def __init__(self, chat: ChatFormat, rules: DialogueRules, question: str):
+
+def chat_of(chats: Chats, role: Role) -> ChatFormat:
+    """The chat format in which ``role`` reads and speaks."""
+    return chats[role] if isinstance(chats, Mapping) else chats
+
+
+class Dialogue:
+    """One dialogue in progress. The same for sampled turns (RL) and written ones (cold start), so both see the same tokens.
+
+    What a role says is decoded with its own tokenizer and reaches the other as text, encoded with the hearer's.
+    """
+
+    def __init__(self, chats: Chats, rules: DialogueRules, question: str):
         self.turns: list[Turn] = []
-        self._chat, self._rules, self._question = chat, rules, question
+        self._chats, self._rules, self._question = chats, rules, question
         self._views: dict[Role, tuple[int, ...]] = dict.fromkeys(rules.roles, ())
         self._context: tuple[int, ...] | None = None  # what the next speaker hears, encoded when first asked for
 
@@ -81,17 +95,17 @@ class Dialogue:
         """The next speaker's whole view, generation prompt included."""
         view = self._views[self.next_role]
         if self._context is None:
-            message = self._message_for_next()
+            message, chat = self._message_for_next(), chat_of(self._chats, self.next_role)
             if view:
-                self._context = self._chat.following(view, message)
+                self._context = chat.following(view, message)
             else:
-                self._context = self._chat.opening(self._rules.system_prompts.get(self.next_role, ""), message)
+                self._context = chat.opening(self._rules.system_prompts.get(self.next_role, ""), message)
         return view + self._context
 
     def add(self, completion: Completion) -> Turn:
         """The next speaker said this."""
         role, prompt = self.next_role, self.prompt()
-        text = self._chat.text_of(completion.token_ids)
+        text = chat_of(self._chats, role).text_of(completion.token_ids)
         turn = Turn(role, self.round_index, self._context, completion, text)
         self._views[role] = prompt + completion.token_ids
         self.turns.append(turn)

@@ -38,8 +38,11 @@ def play(
         for request in scheduler.next_requests():
             engines[request.policy].submit(request)
 
-    for episode in scheduler.take_never_started():
-        ended(episode)
+    def take_others() -> None:
+        for episode in scheduler.take_ended_unasked():
+            ended(episode)
+
+    take_others()
     submit_next()
     while not scheduler.is_done:
         if not any(engine.num_unfinished for engine in distinct):
@@ -52,6 +55,7 @@ def play(
                 episode = scheduler.accept(completion)
                 if episode is not None:
                     ended(episode)
+            take_others()
             submit_next()
             if on_progress is not None:
                 on_progress(num_ended, num_tokens)

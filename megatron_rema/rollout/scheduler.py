@@ -7,11 +7,11 @@ neither the order in which completions arrive nor the rank that plays an episode
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
-from megatron_rema.rollout.chat import ChatFormat
-from megatron_rema.rollout.dialogue import Dialogue, DialogueRules
+from megatron_rema.rollout.dialogue import Chats, Dialogue, DialogueRules, chat_of
 from megatron_rema.types import Completion, Episode, EpisodeStatus, Prompt, Role, StopReason, TurnRequest
 
 
@@ -36,23 +36,36 @@ def starts_of(prompts: Sequence[Prompt], group_size: int) -> list[tuple[Prompt, 
 
 
 class TurnScheduler:
-    """Plays the episodes of ``starts``. Loop: submit ``next_requests()``, hand each completion to ``accept``, until ``is_done``."""
+    """Plays the episodes of ``starts``. Loop: submit ``next_requests()``, hand each completion to ``accept``, until ``is_done``.
 
-    def __init__(self, starts: Sequence[tuple[Prompt, int]], *, rules: DialogueRules, chat: ChatFormat, seed: int, step: int):
+    With ``rules.samples_per_plan`` k > 1 the episodes 0, k, 2k, ... of a prompt plan; the k - 1 after each take its first plan as their
+    own, token for token, and go on by themselves. All k of a plan must be among ``starts``.
+    """
+
+    def __init__(self, starts: Sequence[tuple[Prompt, int]], *, rules: DialogueRules, chat: Chats, seed: int, step: int):
         self.rules = rules
         self.episodes = [Episode(f"{step}/{prompt.prompt_id}/{index}", prompt, index) for prompt, index in starts]  # in start order
         ids = Counter(episode.episode_id for episode in self.episodes)
         repeated = [episode_id for episode_id, count in ids.items() if count > 1]
         if repeated:
             raise ValueError(f"episode {repeated[0]!r} is listed {ids[repeated[0]]} times: every (prompt_id, group_index) must be unique.")
-        self._seed, self._step, self._stop_token_ids = seed, step, chat.stop_token_ids
+        self._seed, self._step = seed, step
+        self._stop_token_ids = {role: chat_of(chat, role).stop_token_ids for role in rules.roles}
         self._in_flight: dict[str, tuple[Episode, Dialogue]] = {}  # by request_id; every running episode has one request
         self._to_submit: list[TurnRequest] = []
-        self._never_started: list[Episode] = []
+        self._ended_unasked: list[Episode] = []
+        self._waiting: defaultdict[str, list[tuple[Episode, Dialogue]]] = defaultdict(list)  # for the plan of the episode of that id
         for episode in self.episodes:
-            self._request_turn(episode, Dialogue(chat, rules, episode.prompt.question))
-            if not episode.status.is_running:
-                self._never_started.append(episode)
+            dialogue = Dialogue(chat, rules, episode.prompt.question)
+            if episode.group_index % rules.samples_per_plan:
+                episode.plan_of = self._planner_of(episode, ids)
+                self._waiting[episode.plan_of].append((episode, dialogue))
+        for episode in self.episodes:
+            if episode.plan_of is None:
+                self._request_turn(episode, Dialogue(chat, rules, episode.prompt.question))
+                if not episode.status.is_running:
+                    self._ended_unasked.append(episode)
+                    self._end_waiting(episode)
 
     @property
     def num_running(self) -> int:
@@ -67,9 +80,10 @@ class TurnScheduler:
         requests, self._to_submit = self._to_submit, []
         return requests
 
-    def take_never_started(self) -> list[Episode]:
-        """Episodes that ended before their first turn because the question does not fit the context; handed out once."""
-        episodes, self._never_started = self._never_started, []
+    def take_ended_unasked(self) -> list[Episode]:
+        """Episodes that ended without a completion of their own, handed out once: the question does not fit the context, or the plan that
+        they share ended them."""
+        episodes, self._ended_unasked = self._ended_unasked, []
         return episodes
 
     def accept(self, completion: Completion) -> Episode | None:
@@ -78,11 +92,30 @@ class TurnScheduler:
             raise ValueError(f"completion of {completion.request_id!r}, which is not in flight: never submitted, or accepted before.")
         assert len(completion.token_ids) == len(completion.logprobs), f"{completion.request_id}: tokens and logprobs differ in number."
         episode, dialogue = self._in_flight.pop(completion.request_id)
+        self._add(episode, dialogue, completion)
+        for other, its_dialogue in self._waiting.pop(episode.episode_id, ()):
+            self._add(other, its_dialogue, replace(completion, request_id=f"{other.episode_id}/0"))
+            if not other.status.is_running:
+                self._ended_unasked.append(other)
+        return None if episode.status.is_running else episode
+
+    def _add(self, episode: Episode, dialogue: Dialogue, completion: Completion) -> None:
         episode.turns.append(dialogue.add(completion))
         episode.status = self._status_after(episode)
         if episode.status.is_running:
             self._request_turn(episode, dialogue)
-        return None if episode.status.is_running else episode
+
+    def _planner_of(self, episode: Episode, episode_ids: Counter[str]) -> str:
+        first = episode.group_index // self.rules.samples_per_plan * self.rules.samples_per_plan
+        planner = f"{self._step}/{episode.prompt.prompt_id}/{first}"
+        if planner not in episode_ids:
+            raise ValueError(f"episode {episode.episode_id!r} answers the plan of {planner!r}, which is not played here: keep them together.")
+        return planner
+
+    def _end_waiting(self, planner: Episode) -> None:
+        for other, _ in self._waiting.pop(planner.episode_id, ()):
+            other.status = planner.status
+            self._ended_unasked.append(other)
 
     def _status_after(self, episode: Episode) -> EpisodeStatus:
         rules, turn = self.rules, episode.turns[-1]
@@ -123,7 +156,7 @@ class TurnScheduler:
             seed=turn_seed(self._seed, self._step, episode.prompt.prompt_id, episode.group_index, turn_number),
             temperature=rules.temperature,
             top_p=rules.top_p,
-            stop_token_ids=self._stop_token_ids,
+            stop_token_ids=self._stop_token_ids[role],
         )
         self._in_flight[request.request_id] = (episode, dialogue)
         self._to_submit.append(request)

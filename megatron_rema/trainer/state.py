@@ -88,8 +88,7 @@ class Checkpoints:
         target = self.folder / f"step_{position.step:06d}"
         partial = _partial(target)
         if dist.get_rank() == 0:
-            for rest in self.folder.glob(".partial_*"):  # of a save that was killed
-                shutil.rmtree(rest)
+            _sweep(self.folder)
             for name in trained:
                 (partial / name).mkdir(parents=True)
         dist.barrier()
@@ -203,6 +202,8 @@ def restore(config: RunConfig, trained: Mapping[str, Trained], folder: RunFolder
     path = Path(chosen) if chosen else latest(folder.checkpoints) if config.resume else None
     position = Position() if path is None else load(path, trained)
     folder.cut_after(-1 if path is None else position.step)
+    if folder.writes:
+        _sweep(folder.checkpoints)
     if chosen and folder.writes:
         set_aside_after(folder.checkpoints, position.step)
     dist.barrier()
@@ -322,6 +323,12 @@ def _step(checkpoint: Path) -> int:
 
 def _partial(target: Path) -> Path:
     return target.with_name(f".partial_{target.name}")
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what a killed save, or a killed removal, left half done."""
+    for rest in folder.glob(".partial_*"):
+        shutil.rmtree(rest)
 
 
 def _remove(checkpoint: Path) -> None:
