@@ -1,7 +1,10 @@
 """From an `Architecture` to megatron-core's own nouns: TransformerConfig and layer spec. Local modules only, the same on CPU and CUDA.
 
-Two modules are ours, through the public ModuleSpec: an RMSNorm that knows sequence parallelism, and a core attention for packed sequences.
-Shapes: T tokens of a packed batch, B sequences, S longest sequence, N query heads and K key/value heads of this tensor rank, H head size.
+Four modules are ours, through the public ModuleSpec: an RMSNorm that knows sequence parallelism, a core attention for packed sequences, a
+self attention that leaves rotary positions to it, and the gated activation. The gradients of three are written by hand: on a CPU autograd's
+chains of small operations cost a tenth of a step (docs/performance.md).
+Shapes: T tokens of a packed batch, P cells of the padded view that attention sees, N query heads and K key/value heads of this tensor
+rank, H head size.
 """
 
 from __future__ import annotations
@@ -112,7 +115,7 @@ class RMSNorm(nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., hidden] -> the same. torch has one fused kernel on CUDA, but on CPU a chain of operations: there the gradient is by hand."""
+        """[..., hidden] -> the same. torch has a fused kernel on CUDA; on CPU it has a chain of operations, so there it is written out."""
         return super().forward(hidden) if hidden.is_cuda else _RMSNormOnCPU.apply(hidden, self.weight, self.eps)
 
 
@@ -202,7 +205,7 @@ def _rotated(packed_TNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """cos and sin [T, 1, H], the same in both halves."""
     half = packed_TNH.shape[-1] // 2
     first, second = packed_TNH.split(half, dim=-1)
-    rotated = torch.mul(packed_TNH, cos, out=torch.empty(packed_TNH.shape, dtype=packed_TNH.dtype, device=packed_TNH.device))
+    rotated = packed_TNH * cos
     rotated[..., :half].addcmul_(second, sin[..., :half], value=-1.0)
     rotated[..., half:].addcmul_(first, sin[..., half:])
     return rotated
@@ -224,15 +227,14 @@ class _ToCells(torch.autograd.Function):
 class SwiGLU(MegatronModule):
     """silu(gate) * up, where megatron's own would add an offset of zero and put the gradients of gate and up together by a copy."""
 
-    def __init__(self, config: TransformerConfig):
-        super().__init__(config=config)
-
     def forward(self, gate_and_up: Tensor) -> Tensor:
         """[T, 1, 2 F] -> [T, 1, F], F this tensor rank's share of the feed-forward width."""
         return _SwiGLU.apply(gate_and_up)
 
 
 class _SwiGLU(torch.autograd.Function):
+    """y = silu(gate) up; both gradients are written into one tensor, as the linear layer below wants them."""
+
     @staticmethod
     def forward(ctx, gate_and_up: Tensor) -> Tensor:
         gate, up = gate_and_up.chunk(2, dim=-1)

@@ -28,7 +28,7 @@ from megatron_rema.types import Batch
 
 Stats = dict[str, Tensor]
 LossFn = Callable[[Tensor, Batch], tuple[Tensor, Stats]]  # (local_logits_TV [T, V/tp], batch) -> (loss scalar, detached stats)
-SHORTEST_IN_BLOCK = 0.75
+SHORTEST_IN_BLOCK = 0.75  # of the longest sequence that it is padded to
 
 
 @dataclasses.dataclass
@@ -41,7 +41,7 @@ class Packing(PackedSeqParams):
 
     positions: Tensor | None = None  # [T] int64, each token's place in its sequence
     blocks: tuple[tuple[int, int], ...] = ()  # (sequences, cells of each) of each block
-    cells: Tensor | None = None  # [P] int64, the token in each cell, some token of the batch where it is padding; None: cells are the tokens
+    cells: Tensor | None = None  # [P] int64, the token in each cell (any token where it is padding); None: the cells are the tokens
     slots: Tensor | None = None  # [T] int64, the cell of each token; None likewise
     rotation: tuple[Tensor, Tensor] | None = None  # cos and sin [T, 1, H] of rotary positions, made by the first layer that needs them
 
