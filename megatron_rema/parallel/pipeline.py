@@ -28,31 +28,68 @@ from megatron_rema.types import Batch
 
 Stats = dict[str, Tensor]
 LossFn = Callable[[Tensor, Batch], tuple[Tensor, Stats]]  # (local_logits_TV [T, V/tp], batch) -> (loss scalar, detached stats)
+SHORTEST_IN_BLOCK = 0.75  # of the longest sequence that it is padded to
 
 
 @dataclasses.dataclass
 class Packing(PackedSeqParams):
-    """megatron's description of packed sequences, and where each token sits once the sequences are padded side by side."""
+    """megatron's description of packed sequences, and how attention lays them side by side.
 
-    slots: Tensor | None = None  # [T] int64, sequence * max_seqlen + position: index into [B * max_seqlen]
+    Attention sees blocks of sequences of about the same length, padded on the right to the longest of the block: P cells in all, the blocks
+    one after the other, the longest first.
+    """
+
+    positions: Tensor | None = None  # [T] int64, each token's place in its sequence
+    blocks: tuple[tuple[int, int], ...] = ()  # (sequences, cells of each) of each block
+    cells: Tensor | None = None  # [P] int64, the token in each cell (any token where it is padding); None: the cells are the tokens
+    slots: Tensor | None = None  # [T] int64, the cell of each token; None likewise
+    rotation: tuple[Tensor, Tensor] | None = None  # cos and sin [T, 1, H] of rotary positions, made by the first layer that needs them
 
 
 def packing_of(batch: Batch) -> Packing:
     """Built once per microbatch, for all layers. The longest sequence is counted here, so that padding sequences are covered too."""
     cu_seqlens = batch.cu_seqlens
-    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    max_seqlen = int(lengths.max())
-    sequences = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-    assert len(sequences) == len(batch.tokens), f"cu_seqlens end at {len(sequences)}, the batch has {len(batch.tokens)} tokens"
-    within = torch.arange(len(sequences), device=lengths.device) - cu_seqlens[:-1].long()[sequences]
+    lengths = cu_seqlens.diff().tolist()
+    assert sum(lengths) == len(batch.tokens), f"cu_seqlens end at {sum(lengths)}, the batch has {len(batch.tokens)} tokens"
+    lengths_B = torch.tensor(lengths)
+    starts_B = lengths_B.cumsum(0) - lengths_B
+    positions_T = torch.arange(sum(lengths)) - starts_B.repeat_interleave(lengths_B)
+    order = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i])
+    blocks = blocks_of_similar_length([lengths[i] for i in order])
+    num_cells = sum(count * width for count, width in blocks)
+    cells_P = slots_T = None
+    if order != list(range(len(order))) or num_cells != sum(lengths):
+        widths = torch.tensor([width for count, width in blocks for _ in range(count)])
+        first_cell_B = torch.zeros_like(lengths_B)
+        first_cell_B[order] = widths.cumsum(0) - widths
+        slots_T = first_cell_B.repeat_interleave(lengths_B) + positions_T
+        cells_P = torch.zeros(num_cells, dtype=torch.long)
+        cells_P[slots_T] = torch.arange(len(slots_T))
+    device = cu_seqlens.device
     return Packing(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_kv=max_seqlen,
-        slots=sequences * max_seqlen + within,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+        positions=positions_T.to(device),
+        blocks=blocks,
+        cells=None if cells_P is None else cells_P.to(device),
+        slots=None if slots_T is None else slots_T.to(device),
     )
+
+
+def blocks_of_similar_length(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """(sequences, longest) of each block; ``lengths`` descend. In a block none is shorter than SHORTEST_IN_BLOCK of the longest, so that
+    padding stays small and lengths from L down to L / 10 take eight calls of attention, not one per sequence.
+    """
+    blocks: list[tuple[int, int]] = []
+    for length in lengths:
+        if blocks and length >= SHORTEST_IN_BLOCK * blocks[-1][1]:
+            blocks[-1] = (blocks[-1][0] + 1, blocks[-1][1])
+        else:
+            blocks.append((1, length))
+    return tuple(blocks)
 
 
 def forward_backward(
