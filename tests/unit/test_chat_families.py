@@ -235,6 +235,15 @@ def test_the_markers_own_ids_need_not_stand_in_a_message_that_holds_it(case):
     assert "[FINISH]" in chat.text_of(message)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_message_that_was_cut_is_closed_as_the_template_closes_it_and_its_special_tokens_are_seen(case):
+    chat, opening = chat_of(case), chat_of(case).opening("S", "U")
+    for said in (chat.encode_text("A"), chat.encode_message("A")):  # cut by length, and ended by itself
+        assert decode(case, opening + said + chat.following(said, "V")) == LITERAL[case]
+    first = chat.opening("S", "U")[0]  # a control token in the middle of a message is part of its text, only the last one is not
+    assert chat.text_of((first, *chat.encode_message("A"))) == decode(case, [first]) + "A"
+
+
 # ---- what each family does with history
 
 
