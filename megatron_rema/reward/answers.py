@@ -6,7 +6,7 @@ lenient   strict, or math_verify finds the gold answer in the whole message: a m
 math_verify alone has slack that a policy could find, and blind spots. What is decided here instead, strictly and for every data set:
 words         it multiplies their letters, so that ``last`` would be ``salt``: words of four letters or more are compared as text
 bases         it drops the base of 4210_5, so that 4210_6 would be the same: where both sides state a base, digits and base must agree
-small floats  it rounds to 6 decimals, so that 5e-34 would be 6.63e-34: here to 6 significant digits of the gold answer, at least 6 decimals
+small numbers it compares to 6 (exact ones: 15) decimals, so that 5e-34 would be 6.63e-34: here the zeros after the point do not count
 percent       it cannot read 70\\% alone: here it equals 70 (what was asked for in percent) and 0.7 (its value)
 """
 
@@ -23,14 +23,16 @@ INTEGER = re.compile(r"[+-]?\d{1,1000}")
 WORD = re.compile(r"[A-Za-z]{4,}")
 IN_BASE = re.compile(r"([0-9A-F]+)_\{?(\d+)\}?")
 PERCENT = re.compile(r"([^%]*[^%\\\s])\s*\\?%")
-SIGNIFICANT_DIGITS = 6
+FLOAT_DECIMALS = 6  # math_verify's own defaults: floats are compared rounded to so many decimals,
+EXACT_DECIMALS = 15  # and expressions without a float by a difference that vanishes to so many
+SPARE_DIGITS = 3  # of the 15 to 16 of a double, left to rounding
 
 # What changes an answer's looks and not its value: spacing, sizes, fonts, a full stop at the end.
 _SPACING = re.compile(r"\\(?:[!,;: ]|quad(?![A-Za-z])|qquad(?![A-Za-z]))|~")
 _SIZES = re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])")
 _FRACTIONS = re.compile(r"\\[dt]frac(?![A-Za-z])")
 _FONTS = re.compile(r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf)\s*\{([^{}\\]*)\}")
-_OTHER_SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")  # a space between two digits parts two numbers
+_OTHER_SPACE = re.compile(r"(?<!\d) | (?!\d)")  # a space between two digits parts two numbers
 
 
 def last_box(text: str) -> str | None:
@@ -59,10 +61,10 @@ def boxed(content: str) -> str:
 
 def normalised(answer: str) -> str:
     """The answer's text without what only changes its looks. Equal texts are equal answers; different texts say nothing."""
-    text = answer.strip().replace("$", "").replace("{,}", ",").replace("{:}", ":")
+    text = answer.replace("\\$", "").replace("$", "").replace("{,}", ",").replace("{:}", ":")
     text = _SPACING.sub(lambda match: "" if match[0] == "\\!" else " ", text)
     text = _FONTS.sub(r"\1", _FRACTIONS.sub(r"\\frac", _SIZES.sub("", text)))
-    text = _OTHER_SPACE.sub("", text.strip())
+    text = _OTHER_SPACE.sub("", " ".join(text.split()))
     return text[:-1] if len(text) > 1 and text.endswith(".") else text
 
 
@@ -105,8 +107,15 @@ def verify(answer: str, gold: str) -> Verdict:
         if not gold_parsed:
             return Verdict.UNKNOWN
         answer_parsed = read(answer if said is None else boxed(_tidy(said)))
-        rounding = _decimals(gold_parsed)
-        if is_equal(gold_parsed, answer_parsed, float_rounding=rounding, timeout_seconds=None, raise_on_error=True):
+        zeros = _leading_zeros(gold_parsed)
+        if is_equal(
+            gold_parsed,
+            answer_parsed,
+            float_rounding=FLOAT_DECIMALS + zeros,
+            numeric_precision=EXACT_DECIMALS + max(zeros - SPARE_DIGITS, 0),
+            timeout_seconds=None,
+            raise_on_error=True,
+        ):
             return Verdict.CORRECT
     return Verdict.WRONG
 
@@ -181,12 +190,10 @@ def _without_percent(said: str, wanted: str) -> list[tuple[str, str]]:
     return [(said, wanted)]
 
 
-def _decimals(gold_parsed: list) -> int:
-    """Decimals to which floats are compared: SIGNIFICANT_DIGITS of the gold answer where it is one small number."""
+def _leading_zeros(gold_parsed: list) -> int:
+    """Zeros between the decimal point and the first digit of a gold answer that is one number; 0 for anything else."""
     try:
         size = abs(float(gold_parsed[0]))
     except (TypeError, ValueError, OverflowError):  # no number: an expression, a set, a word
-        return SIGNIFICANT_DIGITS
-    if not 0.0 < size < 0.1:
-        return SIGNIFICANT_DIGITS
-    return SIGNIFICANT_DIGITS - 1 - math.floor(math.log10(size))
+        return 0
+    return -1 - math.floor(math.log10(size)) if 0.0 < size < 0.1 else 0
