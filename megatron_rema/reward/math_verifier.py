@@ -15,20 +15,27 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from megatron_rema.reward.answers import boxed, last_box, quick_verdict
+from megatron_rema.reward.answers import boxed, last_box, majority_is_right, quick_verdict
 from megatron_rema.types import Episode, Role, Verdict
 
 START_TIMEOUT_S = 120.0
 MEMORY_LIMIT_BYTES = 4 << 30  # 9^{9^{9^9}} must not take the machine down
 
+Item = TypeVar("Item")
+Problem = TypeVar("Problem")
+Votes = Sequence[tuple[bool, str | None]]  # of a problem's samples: right, and the answer (None: it gives none)
+
 
 @dataclass(frozen=True)
 class Judgement:
     """``verdict`` is the strict one. ``lenient`` is None when it was not asked for. ``how`` (of the strict
-    one): quick, verified, timeout or crash."""
+    one): quick, verified, timeout or crash. UNKNOWN and quick: the gold answer is blank; and verified: it cannot be read."""
 
     verdict: Verdict
     lenient: Verdict | None
@@ -58,16 +65,25 @@ class VerifierPool:
     def submit_answer(self, key: str, text: str, gold: str) -> None:
         if key in self._pending:
             raise ValueError(f"{key!r} was submitted before: every answer needs a key of its own until collect().")
-        quick = quick_verdict(text, gold)
-        if quick is Verdict.CORRECT or (quick is Verdict.WRONG and (not self._lenient or not text.strip())):
-            self._pending[key] = Judgement(quick, quick if self._lenient else None, "quick")
-        else:
-            self._pending[key] = self._threads.submit(self._judge, text, gold, quick)
+        self._pending[key] = self._start(text, gold)
+
+    def stream(
+        self, items: Iterable[Item], of: Callable[[Item], tuple[str, str]], *, window: int = 1024
+    ) -> Iterator[tuple[Item, Judgement]]:
+        """(item, judgement of its ``of(item)`` = (text, gold)) in the order of ``items``, which are read at most ``window`` ahead."""
+        return self._ahead(items, lambda item: self._start(*of(item)), window)
+
+    def majorities(
+        self, problems: Iterable[Problem], of: Callable[[Problem], Votes], *, window: int = 64
+    ) -> Iterator[tuple[Problem, bool]]:
+        """(problem, ``majority_is_right`` of its votes) in the order of ``problems``. Two wrong answers of which no verdict comes
+        (time-out, crash) count as different."""
+        return self._ahead(problems, lambda problem: self._threads.submit(majority_is_right, of(problem), self._is_equal), window)
 
     def collect(self) -> dict[str, Judgement]:
         """All judgements since the last collect, by episode_id (or key), in the order of submission; waits for them."""
         pending, self._pending = self._pending, {}
-        return {key: j if isinstance(j, Judgement) else j.result() for key, j in pending.items()}
+        return {key: _result(judgement) for key, judgement in pending.items()}
 
     def close(self) -> None:
         """End all processes, hanging ones too; answers not yet judged are dropped."""
@@ -83,6 +99,31 @@ class VerifierPool:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _start(self, text: str, gold: str) -> Judgement | Future[Judgement]:
+        quick = quick_verdict(text, gold)
+        needs_lenient = self._lenient and quick is Verdict.WRONG and text.strip()
+        if quick is None or needs_lenient:
+            return self._threads.submit(self._judge, text, gold, quick)
+        return Judgement(quick, quick if self._lenient else None, "quick")
+
+    @staticmethod
+    def _ahead(items: Iterable[Item], start: Callable[[Item], Any], window: int) -> Iterator[tuple[Item, Any]]:
+        waiting: deque[tuple[Item, Any]] = deque()
+        for item in items:
+            waiting.append((item, start(item)))
+            if len(waiting) >= window:
+                first, started = waiting.popleft()
+                yield first, _result(started)
+        for item, started in waiting:
+            yield item, _result(started)
+
+    def _is_equal(self, answer: str, other: str) -> bool:
+        """Of two contents of boxes. Asked by a pool thread."""
+        verdict = quick_verdict(boxed(answer), other)
+        if verdict is None:
+            verdict, _ = self._ask(boxed(answer), other)
+        return verdict is Verdict.CORRECT
 
     def _judge(self, text: str, gold: str, quick: Verdict | None) -> Judgement:
         """The lenient metric is a question of its own, asked second: whatever befalls it, the strict verdict stands."""
@@ -102,6 +143,10 @@ class VerifierPool:
                 self._processes = [p for p in self._processes if p.is_alive] + [process]
             process.wait_until_ready()
         return process.ask(answer, gold, self._timeout_s)
+
+
+def _result(started: Any) -> Any:
+    return started.result() if isinstance(started, Future) else started
 
 
 class _VerifierProcess:

@@ -1,20 +1,21 @@
-"""Accuracy of the whole dialogue on held-out problems: avg@k with bootstrap intervals over problems."""
+"""Accuracy of the whole dialogue on held-out problems: avg@k with bootstrap intervals over problems, pass@k and majority@k."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch.distributed as dist
 from rich.table import Table
-from scipy import stats
 
 from megatron_rema.config import RunConfig, as_mapping
+from megatron_rema.parallel.exchange import gather_rows
+from megatron_rema.report.accuracy import Problem, summary
+from megatron_rema.reward.answers import last_box
 from megatron_rema.reward.assign import assign
 from megatron_rema.reward.math_verifier import VerifierPool
 from megatron_rema.rollout.chat import ChatFormat
@@ -25,7 +26,7 @@ from megatron_rema.trainer.collect import play_everywhere
 from megatron_rema.trainer.inputs import Inputs
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
-from megatron_rema.types import Engine, Episode, Prompt
+from megatron_rema.types import Engine, Episode, Prompt, Role
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,9 @@ class Evaluation:
     finished_frac: float
     turns_per_episode: float
     level_accuracy: dict[str, float]
-
-
-def interval(problem_means: Sequence[float]) -> tuple[float, float]:
-    """95% interval of the mean over problems: percentile bootstrap (problems are the unit, their samples are not independent).
-
-    Where every problem has the same mean a bootstrap has nothing to resample: the exact binomial interval over problems stands in.
-    """
-    values = np.asarray(problem_means, dtype=float)
-    if np.ptp(values) == 0.0:
-        exact = stats.binomtest(round(values[0] * len(values)), len(values)).proportion_ci(0.95)
-        return float(exact.low), float(exact.high)
-    found = stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(0))
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    # With several samples a problem. k -> chance that one of k dialogues is right, over the problems with at least k known dialogues
+    pass_at_k: dict[str, float] = field(default_factory=dict)
+    majority_accuracy: float | None = None  # most frequent answer of a problem's finished dialogues is right (score of k = all samples)
 
 
 def evaluate_sets(
@@ -93,6 +84,7 @@ def evaluate_sets(
             reporter=reporter,
         )
         scored = assign(episodes, judgements, scheme=config.reward.scheme).scored
+        majorities = majorities_everywhere(scored, verifier) if samples > 1 else {}
         results.append(
             Evaluation(
                 step=step,
@@ -101,45 +93,76 @@ def evaluate_sets(
                 temperature=temperature,
                 samples_per_problem=samples,
                 num_unknown=len(episodes) - len(scored),
-                **_accuracy(scored),
+                **_accuracy(scored, majorities),
             )
         )
     return results
 
 
-def _accuracy(scored: Sequence[Episode]) -> dict[str, Any]:
-    """The measured fields of an Evaluation."""
+def majorities_everywhere(scored: Sequence[Episode], verifier: VerifierPool) -> dict[str, bool]:
+    """Of each problem, by prompt_id: is the most frequent answer of its dialogues right? The same on every rank. A collective.
+
+    A dialogue that did not finish, or whose last message holds no box, does not vote. Each rank's verifier groups the answers of its
+    own share of the problems: a verdict that times out on one rank cannot differ on another.
+    """
+    by_problem: dict[str, list[Episode]] = defaultdict(list)
+    for episode in scored:
+        by_problem[episode.prompt.prompt_id].append(episode)
+    mine = list(by_problem.items())[dist.get_rank() :: dist.get_world_size()]
+    found = verifier.majorities(mine, of=lambda problem: [_vote(episode) for episode in problem[1]])
+    rows = gather_rows([{"problem": name, "right": is_right} for (name, _), is_right in found])
+    return {row["problem"]: row["right"] for row in rows}
+
+
+def _vote(episode: Episode) -> tuple[bool, str | None]:
+    """(right, answer); the answer is None where the dialogue does not vote."""
+    messages = episode.turns_of(Role.REASONING)
+    answer = last_box(messages[-1].text) if messages and episode.score["finished"] else None
+    return bool(episode.score["correct"]), answer if answer is not None and answer.strip() else None
+
+
+def _accuracy(scored: Sequence[Episode], majorities: Mapping[str, bool]) -> dict[str, Any]:
+    """The measured fields of an Evaluation. pass@k and majority@k where there are ``majorities``."""
     by_problem: dict[str, list[float]] = defaultdict(list)
     by_level: dict[str, list[float]] = defaultdict(list)
     for episode in scored:
         right = episode.score["correct"] * episode.score["finished"]
         by_problem[episode.prompt.prompt_id].append(right)
         by_level[str(episode.prompt.level)].append(right)
-    means = [fmean(values) for values in by_problem.values()] or [0.0]
-    low, high = interval(means)
+    found = summary([Problem(right, majorities.get(name)) for name, right in by_problem.items()])
+    # no dialogue has a verdict: nothing is known, and the interval says so
+    mean, low, high = (found.mean, found.low, found.high) if found.num_problems else (0.0, 0.0, 1.0)
     return {
-        "num_problems": len(by_problem),
-        "accuracy": fmean(means),
+        "num_problems": found.num_problems,
+        "accuracy": mean,
         "low": low,
         "high": high,
         "answer_accuracy": fmean([episode.score["correct"] for episode in scored] or [0.0]),
         "finished_frac": fmean([episode.score["finished"] for episode in scored] or [0.0]),
         "turns_per_episode": fmean([len(episode.turns) for episode in scored] or [0.0]),
         "level_accuracy": {level: fmean(values) for level, values in sorted(by_level.items())},
+        "pass_at_k": {str(k): value for k, value in found.pass_at.items()} if majorities else {},
+        "majority_accuracy": found.majority,
     }
 
 
 def table(rows: Sequence[Mapping], title: str) -> Table:
-    """Evaluations side by side, for the console."""
+    """Evaluations side by side, for the console. pass@k of the largest k, and majority@k, where some row has them."""
     view = Table(title=title)
-    for column in ("step", "set", "accuracy", "95% interval", "finished", "problems x samples", "temperature"):
+    several = any(row.get("pass_at_k") for row in rows)
+    more = ("pass@k", "majority@k") if several else ()
+    for column in ("step", "set", "accuracy", "95% interval", *more, "finished", "problems x samples", "temperature"):
         view.add_column(column, justify="left" if column == "set" else "right")
     for row in rows:
+        passes, majority = row.get("pass_at_k") or {}, row.get("majority_accuracy")
+        largest = max(passes, key=int, default=None)
+        extra = ("" if largest is None else f"{passes[largest]:.3f}", "" if majority is None else f"{majority:.3f}")
         view.add_row(
             str(row["step"]),
             row["set"],
             f"{row['accuracy']:.3f}",
             f"[{row['low']:.3f}, {row['high']:.3f}]",
+            *(extra if several else ()),
             f"{row['finished_frac']:.3f}",
             f"{row['num_problems']} x {row['samples_per_problem']}",
             f"{row['temperature']:g}",

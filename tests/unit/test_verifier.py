@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from megatron_rema.reward.answers import last_box, quick_verdict, verify
+from megatron_rema.reward.answers import equal_classes, last_box, majority_is_right, normalised, quick_verdict, verify
 from megatron_rema.reward.math_verifier import Judgement, VerifierPool
 from megatron_rema.types import Completion, Episode, Prompt, Role, StopReason, Turn, Verdict
 
@@ -43,6 +43,85 @@ def test_only_clear_cases_are_decided_without_algebra():
     assert quick_verdict("\\boxed{1+x}", "x+1") is None
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("\\left( 3, \\dfrac{\\pi}{2} \\right)", "(3,\\frac{\\pi}{2})"),
+        ("10,\\!080", "10,080"),
+        ("1{,}000", "1,000"),
+        ("\\text{June 20}.", "June 20"),
+        ("$5\\,$", "5"),
+        ("\\$5", "5"),
+        ("1  2", "1 2"),
+        ("x  =\n 5", "x=5"),
+        ("\\mathrm{cm}^2", "cm^2"),
+    ],
+)
+def test_looks_do_not_part_answers(one, other):
+    assert normalised(one) == normalised(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("1 2", "12"), ("1  2", "12"), ("3\\ 4", "34"), ("x", "X"), ("\\leftarrow", "arrow"), ("1.5", "15"), ("-5", "5"), ("(1,2)", "1,2")],
+)
+def test_answers_that_may_differ_keep_different_texts(one, other):
+    assert normalised(one) != normalised(other)
+
+
+def test_a_blank_gold_answer_decides_nothing():
+    assert quick_verdict("\\boxed{5}", " ") is UNKNOWN and quick_verdict("", "") is UNKNOWN
+    with VerifierPool(1, lenient=True) as pool:
+        pool.submit_answer("a", "\\boxed{5}", "")
+        assert pool.collect()["a"] == Judgement(UNKNOWN, UNKNOWN, "quick")
+
+
+def never(answer, other):
+    raise AssertionError(f"no need to compare {answer} and {other}")
+
+
+def test_equal_answers_share_a_class_and_each_text_is_asked_about_once():
+    asked = []
+
+    def same_parity(answer, other):
+        asked.append((answer, other))
+        return int(answer) % 2 == int(other) % 2
+
+    assert equal_classes(["4", "1", " 4", "6", "3", "$6$"], same_parity) == [0, 1, 0, 0, 1, 0]
+    assert asked == [("1", "4"), ("6", "4"), ("3", "4"), ("3", "1")]
+
+
+def test_the_most_frequent_answer_is_the_majority():
+    right, one, two = (True, "5"), (False, "1"), (False, "2")
+    assert majority_is_right([one, right, right], never)  # 2 of 3, whatever the third says
+    assert not majority_is_right([one, one, right], never)  # outvoted by one text
+    assert not majority_is_right([(False, None), one], never) and not majority_is_right([], never)
+    assert majority_is_right([(False, None), (False, None), right], never)  # without an answer there is no vote
+    assert majority_is_right([one, right, two, right], lambda a, b: False)  # 2 : 1 : 1
+    assert not majority_is_right([(False, "1"), right, right, (False, "1.0"), (False, "2/2")], lambda a, b: True)  # 2 : 3 equal ones
+    # 1 : 1, the first seen wins
+    assert majority_is_right([right, one], lambda a, b: False) and not majority_is_right([one, right], lambda a, b: False)
+
+
+def test_the_pool_streams_in_order_and_groups_wrong_answers_by_value():
+    texts = ["\\boxed{4}", "5", "\\boxed{\\frac{8}{2}}", "\\boxed{3}"] * 3
+    read = []
+
+    def items():
+        for text in texts:
+            read.append(text)
+            yield text
+
+    with VerifierPool(2, timeout_s=20.0, lenient=False) as pool:
+        stream = pool.stream(items(), of=lambda text: (text, "4"), window=3)
+        assert next(stream)[0] == texts[0] and len(read) == 3  # no more than the window is read ahead
+        verdicts = [CORRECT, WRONG, CORRECT, WRONG] * 3
+        assert [(text, judgement.verdict) for text, judgement in stream] == list(zip(texts, verdicts, strict=True))[1:]
+        split = [(False, "1/2"), (True, "4"), (True, "4"), (False, "0.5"), (False, "\\frac{2}{4}")]
+        found = list(pool.majorities(["a", "b"], of=lambda name: split if name == "a" else [(False, "1/3"), *split[1:4]]))
+        assert found == [("a", False), ("b", True)]  # a: 3 equal wrong ones against 2; b: 1 and 1 against 2
+
+
 STRICT = [
     ("\\boxed{5}", "5", CORRECT),
     ("\\boxed{0.5}", "\\frac{1}{2}", CORRECT),
@@ -58,6 +137,24 @@ STRICT = [
     ("\\boxed{\\frac{}{}^^((}", "3", WRONG),
     ("The answer is 3.", "3", WRONG),
     ("\\boxed{1/3} or rather 1/2", "1/2", WRONG),
+    ("\\boxed{East}", "\\text{east}", CORRECT),
+    ("\\boxed{salt}", "last", WRONG),  # math_verify alone: s a l t = l a s t
+    ("\\boxed{4210_5}", "4210_{5}", CORRECT),
+    ("\\boxed{4210_6}", "4210_{5}", WRONG),  # math_verify alone drops the base
+    ("\\boxed{6.72 \\times 10^{-5}}", "0.0000672", CORRECT),
+    ("\\boxed{0.0000671}", "0.0000672", WRONG),  # equal when rounded to 6 decimals
+    ("\\boxed{5 \\times 10^{-34}}", "6.63 \\times 10^{-34}", WRONG),  # and these to 15
+    ("\\boxed{0.000000663 \\times 10^{-27}}", "6.63 \\times 10^{-34}", CORRECT),
+    ("\\boxed{0.142857}", "\\frac{1}{7}", CORRECT),
+    ("\\boxed{0.1428}", "\\frac{1}{7}", WRONG),
+    ("\\boxed{70\\%}", "70", CORRECT),
+    ("\\boxed{70}", "70\\%", CORRECT),
+    ("\\boxed{\\frac{7}{10}}", "70\\%", CORRECT),
+    ("\\boxed{70.0\\%}", "70\\%", CORRECT),
+    ("\\boxed{0.7\\%}", "70\\%", WRONG),
+    ("\\boxed{7}", "70\\%", WRONG),
+    ("\\boxed{18.50.}", "18.5", CORRECT),
+    ("\\boxed{05:00}", "05\\!:\\!00", CORRECT),
 ]
 
 

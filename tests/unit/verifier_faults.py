@@ -1,6 +1,7 @@
 """Judges that misbehave on demand, run inside verifier processes by test_verifier.py."""
 
 import os
+import sys
 import time
 
 from megatron_rema.types import Verdict
@@ -19,3 +20,7 @@ def judge(answer: str, gold: str) -> Verdict:
     if "print" in answer:
         print("correct")  # must not pass for a reply
     return Verdict.CORRECT if "yes" in answer else Verdict.WRONG
+
+
+def is_torch_free(answer: str, gold: str) -> Verdict:
+    return Verdict.WRONG if "torch" in sys.modules else Verdict.CORRECT
