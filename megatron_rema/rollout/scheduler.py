@@ -109,7 +109,7 @@ class TurnScheduler:
         first = episode.group_index // self.rules.samples_per_plan * self.rules.samples_per_plan
         planner = f"{self._step}/{episode.prompt.prompt_id}/{first}"
         if planner not in episode_ids:
-            raise ValueError(f"episode {episode.episode_id!r} answers the plan of {planner!r}, which is not played here: keep them together.")
+            raise ValueError(f"episode {episode.episode_id!r} answers the plan of {planner!r} that is not played here: keep them together.")
         return planner
 
     def _end_waiting(self, planner: Episode) -> None:

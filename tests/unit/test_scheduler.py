@@ -1,6 +1,7 @@
 """Turns, ends and budgets of dialogues; the same episodes whatever the order in which completions arrive."""
 
 import hashlib
+import json
 
 import pytest
 
@@ -9,6 +10,7 @@ from megatron_rema.rollout.chat import ChatFormat
 from megatron_rema.rollout.dialogue import DialogueRules
 from megatron_rema.rollout.runner import play
 from megatron_rema.rollout.scheduler import TurnScheduler, starts_of, turn_seed
+from megatron_rema.rollout.traces import traces_of, traces_of_dialogue
 from megatron_rema.types import Completion, Episode, EpisodeStatus, Prompt, Role, StopReason, TurnRequest
 from tests.unit.tiny_tokenizer import tiny_tokenizer
 
@@ -241,3 +243,86 @@ def test_an_engine_that_loses_a_request_or_a_missing_engine_is_an_error():
 def test_impossible_rules_are_errors_that_name_the_field(changes, message):
     with pytest.raises(ValueError, match=message):
         rules(**changes)
+
+
+# --- several answers to one plan --------------------------------------------------------------------------------------
+
+
+def two_plans_of_two_answers(plans: dict[str, str | tuple[str, StopReason]], **changes) -> tuple[list[Episode], list[TurnRequest]]:
+    """Episodes 0 to 3 of one prompt, two answers a plan; every reasoner's answer is its own request id in a box."""
+    starts = [(PROMPT, index) for index in range(4)]
+    settings = {"samples_per_plan": 2, "max_rounds": 1, "finish_marker": None, **changes}
+    play_all, requests = scheduler(rules(**settings), starts), []
+    while not play_all.is_done:
+        for request in play_all.next_requests():
+            requests.append(request)
+            said_now = plans[request.request_id] if request.role is META else f"\\boxed{{{request.request_id}}}"
+            play_all.accept(said(request, *((said_now,) if isinstance(said_now, str) else said_now)))
+    return play_all.episodes, requests
+
+
+def test_a_plan_is_sampled_once_and_answered_several_times():
+    episodes, requests = two_plans_of_two_answers({"0/p0/0/0": "Add.", "0/p0/2/0": "Count."})
+    assert [r.request_id for r in requests if r.role is META] == ["0/p0/0/0", "0/p0/2/0"]
+    assert [[turn.text for turn in e.turns] for e in episodes] == [
+        [plan, f"\\boxed{{0/p0/{index}/1}}"] for index, plan in enumerate(["Add.", "Add.", "Count.", "Count."])
+    ]
+    assert [e.plan_of for e in episodes] == [None, "0/p0/0", None, "0/p0/2"]
+    assert [e.status for e in episodes] == [EpisodeStatus.FINISHED] * 4
+    assert len({r.seed for r in requests}) == 6, "two plans, four answers, each with luck of its own"
+
+
+def test_who_shares_a_plan_labels_it_in_one_trace_only():
+    episodes, _ = two_plans_of_two_answers({"0/p0/0/0": "Add.", "0/p0/2/0": "Count."})
+    own, shared = traces_of(episodes[0]), traces_of(episodes[1])
+    assert [trace.role for trace in own] == [META, REASONING] and [trace.role for trace in shared] == [REASONING]
+    assert Episode.from_json(json.loads(json.dumps(episodes[1].to_json()))) == episodes[1]
+
+
+def test_a_later_turn_of_a_shared_plan_is_labelled_and_the_plan_is_context():
+    episodes, _ = two_plans_of_two_answers({f"0/p0/{i}/{t}": "Add." for i in range(4) for t in (0, 2)}, max_rounds=2)
+    own, shared = (next(t for t in traces_of(episodes[i]) if t.role is META) for i in (0, 1))
+    plan = len(CHAT.encode_message("Add."))
+    assert own.turn_ids.count(0) == own.turn_ids.count(1) == shared.turn_ids.count(1) == plan and shared.turn_ids.count(0) == 0
+    first_label = own.turn_ids.index(0)
+    assert not any(shared.loss_mask[first_label : first_label + plan])
+
+
+def test_a_plan_that_was_cut_ends_all_that_share_it_once_each():
+    the_rules, handed_out = rules(samples_per_plan=2), []
+    play_all = scheduler(the_rules, [(PROMPT, index) for index in range(2)])
+    (request,) = play_all.next_requests()
+    ended = play_all.accept(said(request, "Add and", StopReason.LENGTH))
+    handed_out += play_all.take_ended_unasked()
+    assert play_all.is_done and [ended, *handed_out] == play_all.episodes and play_all.take_ended_unasked() == []
+    assert {e.status for e in play_all.episodes} == {EpisodeStatus.TRUNCATED}
+
+
+def test_a_question_that_does_not_fit_ends_all_that_would_share_its_plan():
+    play_all = scheduler(rules(samples_per_plan=2, max_context_tokens=10), [(PROMPT, index) for index in range(2)])
+    assert play_all.is_done and play_all.take_ended_unasked() == play_all.episodes
+    assert {e.status for e in play_all.episodes} == {EpisodeStatus.CONTEXT_OVERFLOW}
+
+
+def test_a_shared_plan_that_is_played_elsewhere_is_refused():
+    with pytest.raises(ValueError, match="'0/p0/1' answers the plan of '0/p0/0'"):
+        scheduler(rules(samples_per_plan=2), [(PROMPT, 1)])
+    with pytest.raises(ValueError, match="samples_per_plan is 2 where nobody plans"):
+        rules(samples_per_plan=2, roles=(REASONING,))
+
+
+def test_agents_with_different_tokenizers_hear_each_other_as_text():
+    chats = {META: ChatFormat(tiny_tokenizer("chatml")), REASONING: ChatFormat(tiny_tokenizer("llama3"))}
+    play_one = TurnScheduler([(PROMPT, 0)], rules=rules(), chat=chats, seed=1, step=0)
+    heard = {}
+    for role, text in ((META, "Add them."), (REASONING, "It is 5."), (META, "Right. [FINISH]"), (REASONING, "\\boxed{5}")):
+        (request,) = play_one.next_requests()
+        assert request.role is role and request.stop_token_ids == chats[role].stop_token_ids
+        heard[role] = chats[role].tokenizer.decode(request.token_ids)
+        ids = chats[role].encode_message(text)
+        play_one.accept(Completion(request.request_id, ids, (0.0,) * len(ids), StopReason.STOP, 0))
+    assert "It is 5." in heard[META] and "Right. [FINISH]" in heard[REASONING]
+    assert play_one.episodes[0].status is EpisodeStatus.FINISHED
+    written = [(turn.role, turn.text) for turn in play_one.episodes[0].turns]
+    for ours, theirs in zip(traces_of(play_one.episodes[0]), traces_of_dialogue(chats, rules(), PROMPT.question, written), strict=True):
+        assert ours.token_ids == theirs.token_ids and ours.turn_ids == theirs.turn_ids
