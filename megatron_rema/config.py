@@ -23,6 +23,7 @@ Count = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class ConfigError(ValueError):
@@ -40,7 +41,7 @@ class TaskConfig:
     reasoner_template: str  # {question} and {instruction}: the reasoner's first user message
     question_key: str = "question"
     answer_key: str = "answer"
-    finish_marker: str = "[FINISH]"
+    finish_marker: str | None = "[FINISH]"  # None: no marker, every dialogue finishes after rollout.max_rounds (single-turn ReMA)
     cold_start_file: str | None = None  # dialogues for sft: {question, answer, turns: [{role, text}]}
     preference_file: str | None = None  # pairs for train_reward_model: {question, chosen: [turns], rejected: [turns]}
     preference_heldout_file: str | None = None
@@ -52,6 +53,7 @@ class PolicyConfig:
 
     roles: Annotated[list[Role], Field(min_length=1)]
     path: str | None = None
+    trainable: bool = True  # false: a frozen partner, which speaks and is never updated
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -118,6 +120,10 @@ class RolloutConfig:
 
     prompts_per_step: Count = 32
     episodes_per_prompt: Count = 8
+    samples_per_plan: Count = 1  # episodes of a prompt that answer one and the same plan; the plan earns the mean of their rewards
+    success_low: Fraction = 0.0  # prompts whose fraction of right answers lies outside are not trained on (ReMA algorithm 1: 0.2 to 0.8)
+    success_high: Fraction = 1.0
+    max_draws: Count = 1  # > 1: draw prompts again until prompts_per_step of them are inside (dynamic sampling)
     max_rounds: Count = 8
     max_turn_tokens: Count = 32
     max_episode_tokens: Count = 1024
@@ -130,7 +136,9 @@ class RolloutConfig:
 class RewardConfig:
     """From the verifier's verdict to per-role, per-turn rewards."""
 
-    scheme: Literal["outcome", "base"] = "outcome"  # base: +1 / -0.5 / -1 of the paper, planner penalised for answering
+    # base: +1 / -0.5 / -1 of the paper, planner penalised for answering; consistency: the planner earns how often its samples agree
+    scheme: Literal["outcome", "base", "consistency"] = "outcome"
+    overlong_buffer_tokens: NonNegativeInt = 0  # > 0: in the last tokens before rollout.max_episode_tokens a penalty grows from 0 to 1
     mask_unfinished_reward: bool = True  # an episode that did not finish earns 0
     verifier_processes: Count = 1  # per rank
     verifier_timeout_s: Positive = 5.0
@@ -153,7 +161,8 @@ class RewardModelConfig:
 class AlgorithmConfig:
     """The objective of one policy update (rema.md 2 and 3)."""
 
-    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "gae"] = "grpo"  # gae needs a critic and builds one
+    advantage: Literal["grpo", "dr_grpo", "rloo", "ema", "reinforce_plus_plus", "gae"] = "grpo"  # gae builds a critic
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9  # ema: of the running mean of each role's rewards, from step to step
     turn_discount: Annotated[float, Field(ge=0, le=1)] = 1.0  # reinforce_plus_plus, gae: from a turn to the role's next one
     turn_lambda: Annotated[float, Field(ge=0, le=1)] = 1.0  # gae: across turns
     discount: Annotated[float, Field(ge=0, le=1)] = 1.0  # gae: inside a turn
@@ -284,6 +293,7 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_layout(config, world_size)
     _check_agents(config)
     _check_objective(config)
+    _check_plans(config)
     _check_budgets(config)
 
 
@@ -321,6 +331,8 @@ def _check_agents(config: RunConfig) -> None:
     for role in config.roles:
         if role not in config.task.system_prompts:
             raise ConfigError(f"task.system_prompts has no entry for role {role}; add task.system_prompts.{role}=TEXT.")
+    if not any(policy.trainable for policy in policies.values()):
+        raise ConfigError(f"no policy is trainable ({', '.join(policies)}); set agents.policies.NAME.trainable=true for at least one.")
     if config.agents.schedule == "alternating" and len(policies) < 2:
         raise ConfigError("agents.schedule is 'alternating' with one policy; use agents=separate or agents.schedule=simultaneous.")
 
@@ -349,8 +361,45 @@ def _check_objective(config: RunConfig) -> None:
         )
 
 
+def _check_plans(config: RunConfig) -> None:
+    rollout, answers = config.rollout, config.rollout.samples_per_plan
+    if config.reward.scheme == "consistency" and answers == 1:
+        raise ConfigError(
+            "reward.scheme is consistency with rollout.samples_per_plan 1; agreement needs 2 answers to a plan: raise samples_per_plan."
+        )
+    if answers == 1:
+        return
+    if config.roles != tuple(Role):
+        raise ConfigError(f"rollout.samples_per_plan is {answers} where nobody plans; it needs both roles: set it to 1.")
+    if rollout.max_rounds > 1:
+        raise ConfigError(
+            f"rollout.samples_per_plan is {answers} with rollout.max_rounds {rollout.max_rounds}; a plan's worth is the mean over its "
+            "answers where the plan is all that the meta-thinker says: set max_rounds=1."
+        )
+    if rollout.episodes_per_prompt % answers:
+        raise ConfigError(
+            f"rollout.samples_per_plan ({answers}) must divide rollout.episodes_per_prompt ({rollout.episodes_per_prompt}); "
+            f"got remainder {rollout.episodes_per_prompt % answers}: change one."
+        )
+    if rollout.episodes_per_prompt == answers and config.algorithm.advantage in ("grpo", "dr_grpo", "rloo"):
+        raise ConfigError(
+            f"rollout.episodes_per_prompt ({rollout.episodes_per_prompt}) holds one plan of {answers} answers; algorithm.advantage="
+            f"{config.algorithm.advantage} compares plans of one prompt and needs at least 2: raise episodes_per_prompt."
+        )
+
+
 def _check_budgets(config: RunConfig) -> None:
     rollout, trainer = config.rollout, config.trainer
+    if rollout.success_low > rollout.success_high:
+        raise ConfigError(
+            f"rollout.success_low ({rollout.success_low}) exceeds rollout.success_high ({rollout.success_high}); no prompt would be left: "
+            "swap them."
+        )
+    if config.reward.overlong_buffer_tokens > rollout.max_episode_tokens:
+        raise ConfigError(
+            f"reward.overlong_buffer_tokens ({config.reward.overlong_buffer_tokens}) exceeds rollout.max_episode_tokens "
+            f"({rollout.max_episode_tokens}), the budget whose end it softens: lower it."
+        )
     if trainer.microbatch_tokens < rollout.max_context_tokens:
         raise ConfigError(
             f"trainer.microbatch_tokens ({trainer.microbatch_tokens}) must hold the longest trace, "

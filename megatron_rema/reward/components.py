@@ -44,4 +44,9 @@ def base(score: dict[str, float]) -> dict[Role, float]:
     }
 
 
-SCHEMES: dict[str, Scheme] = {"outcome": outcome, "base": base}
+def consistency(score: dict[str, float]) -> dict[Role, float]:
+    """Single turn. Reasoner: 1.0 for a correct answer. Meta-thinker: 0.0 here; what its answers agree on is known once all are in."""
+    return {Role.META_THINKING: 0.0, Role.REASONING: score["correct"]}
+
+
+SCHEMES: dict[str, Scheme] = {"outcome": outcome, "base": base, "consistency": consistency}

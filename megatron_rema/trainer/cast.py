@@ -35,13 +35,14 @@ class Critic:
 
 @dataclass(frozen=True)
 class Policy:
-    """One trained set of weights. ``reference``: its frozen copy from the start of the run; ``critic``: what predicts its returns."""
+    """One set of weights. ``optimizer``: None for a frozen partner, which is never updated; ``reference``: its frozen copy from the start
+    of the run; ``critic``: what predicts its returns."""
 
     name: str
     path: str  # Hugging Face folder it started from: config and tokenizer for engines and exports
     roles: tuple[Role, ...]
     model: ParallelModel
-    optimizer: Optimizer
+    optimizer: Optimizer | None
     reference: ParallelModel | None
     critic: Critic | None
 
@@ -61,9 +62,10 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def chat_format(config: RunConfig) -> ChatFormat:
-    """The chat format that all policies share."""
-    return ChatFormat.from_pretrained(config.model_path(next(iter(config.agents.policies))))
+def chat_formats(config: RunConfig) -> dict[Role, ChatFormat]:
+    """Each role's chat format: that of the policy which speaks for it."""
+    of_path = {path: ChatFormat.from_pretrained(path) for path in dict.fromkeys(map(config.model_path, config.agents.policies))}
+    return {role: of_path[config.model_path(policy)] for role, policy in config.policy_of_role.items()}
 
 
 def dialogue_rules(config: RunConfig) -> DialogueRules:
@@ -73,6 +75,7 @@ def dialogue_rules(config: RunConfig) -> DialogueRules:
         max_episode_tokens=rollout.max_episode_tokens,
         max_context_tokens=rollout.max_context_tokens,
         max_rounds=rollout.max_rounds,
+        samples_per_plan=rollout.samples_per_plan,
         roles=config.roles,
         finish_marker=task.finish_marker,
         system_prompts=task.system_prompts,
@@ -152,9 +155,12 @@ def build_policies(
     policies = {}
     for name, policy in config.agents.policies.items():
         path, arch = config.model_path(name), architectures[name]
-        model = build_model(config, arch, path, parallel.actor, layouts, trainable=True, random=random)
+        model = build_model(config, arch, path, parallel.actor, layouts, trainable=policy.trainable, random=random)
+        optimizer = reference = critic = None
+        if not policy.trainable:
+            policies[name] = Policy(name, path, tuple(policy.roles), model, optimizer, reference, critic)
+            continue
         optimizer = adam(config, model, lr=config.optimizer.lr, total_steps=total_steps)
-        reference = critic = None
         if with_others and config.algorithm.needs_reference:
             reference = build_model(config, arch, path, parallel.layout("reference"), layouts, trainable=False, random=random)
         if with_others and config.algorithm.advantage == "gae":
@@ -169,7 +175,7 @@ def build_policies(
 def trained(policies: Mapping[str, Policy]) -> dict[str, Policy | Critic]:
     """Everything that learns, by the name that checkpoints use."""
     critics = {f"{name}_critic": policy.critic for name, policy in policies.items() if policy.critic is not None}
-    return {**policies, **critics}
+    return {**{name: policy for name, policy in policies.items() if policy.optimizer is not None}, **critics}
 
 
 def rest(policies: Mapping[str, Policy], reward_model: ParallelModel | None) -> None:
@@ -177,7 +183,8 @@ def rest(policies: Mapping[str, Policy], reward_model: ParallelModel | None) -> 
     for learner in trained(policies).values():
         with learner.optimizer.resident():
             pass
-    for model in [reward_model, *(policy.reference for policy in policies.values())]:
+    frozen = [policy.model for policy in policies.values() if policy.optimizer is None]
+    for model in [reward_model, *frozen, *(policy.reference for policy in policies.values())]:
         if model is not None:
             with model.resident():
                 pass

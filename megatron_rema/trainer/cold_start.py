@@ -13,7 +13,7 @@ from megatron_rema.parallel.pipeline import reduce_stats
 from megatron_rema.parallel.vocab import vocab_parallel_logprobs_and_entropy
 from megatron_rema.report.page import write_report
 from megatron_rema.rollout.traces import traces_of_dialogue
-from megatron_rema.trainer.cast import Layouts, Policy, build_policies, chat_format, dialogue_rules, export_hf, process_group
+from megatron_rema.trainer.cast import Layouts, Policy, build_policies, chat_formats, dialogue_rules, export_hf, process_group
 from megatron_rema.trainer.experience import pack_for_rank
 from megatron_rema.trainer.inputs import Inputs
 from megatron_rema.trainer.progress import Reporter
@@ -24,7 +24,7 @@ from megatron_rema.types import Batch, Trace
 
 def train(config: RunConfig, inputs: Inputs) -> None:
     """The ``sft`` front door. ``trainer.steps`` optimizer steps of ``trainer.global_batch_dialogues`` dialogues each."""
-    chat, rules = chat_format(config), dialogue_rules(config)
+    chat, rules = chat_formats(config), dialogue_rules(config)
     dialogues = [
         traces_of_dialogue(chat, rules, dialogue.question, dialogue.turns, episode_id=str(index))
         for index, dialogue in enumerate(inputs.dialogues)

@@ -9,8 +9,7 @@ import torch.distributed as dist
 
 from megatron_rema.parallel.exchange import gather_rows
 from megatron_rema.reward.math_verifier import Judgement, VerifierPool
-from megatron_rema.rollout.chat import ChatFormat
-from megatron_rema.rollout.dialogue import DialogueRules
+from megatron_rema.rollout.dialogue import Chats, DialogueRules
 from megatron_rema.rollout.runner import play
 from megatron_rema.rollout.scheduler import TurnScheduler
 from megatron_rema.trainer.progress import Reporter
@@ -21,7 +20,7 @@ def play_everywhere(
     starts: Sequence[tuple[Prompt, int]],
     *,
     rules: DialogueRules,
-    chat: ChatFormat,
+    chat: Chats,
     engines: Mapping[str, Engine],
     engine_tensor: int,
     verifier: VerifierPool,
@@ -31,13 +30,13 @@ def play_everywhere(
 ) -> tuple[list[Episode], dict[str, Judgement]]:
     """Every episode of ``starts`` in that order, and its judgement by episode_id; the same on every rank. A collective.
 
-    Replica r of n plays starts[r::n]: the episodes of one prompt, alike in length, spread over the replicas. Ranks of one replica
-    play the same episodes (the scheduler is deterministic); the first of them verifies and speaks.
+    Replica r of n plays starts[r::n]: the episodes of one prompt, alike in length, spread over the replicas (those that answer one plan
+    stay together). Ranks of one replica play the same episodes (the scheduler is deterministic); the first of them verifies and speaks.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     replica, num_replicas = rank // engine_tensor, world // engine_tensor
     speaks = rank % engine_tensor == 0
-    mine = range(replica, len(starts), num_replicas)
+    mine = [index for index in range(len(starts)) if index // rules.samples_per_plan % num_replicas == replica]
     scheduler = TurnScheduler([starts[i] for i in mine], rules=rules, chat=chat, seed=seed, step=step)
 
     def progress(ended: int, tokens: int) -> None:

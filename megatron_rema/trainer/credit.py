@@ -2,25 +2,103 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from megatron_rema.algorithm.advantage import group_advantage, reinforce_plus_plus
+from megatron_rema.algorithm.baseline import RunningMean, ema_baseline, plan_rewards
 from megatron_rema.algorithm.gae import gae
 from megatron_rema.algorithm.kl import kl_estimate
 from megatron_rema.algorithm.masked import weighted_whiten
-from megatron_rema.config import AlgorithmConfig
-from megatron_rema.types import Episode, Role, Trace
+from megatron_rema.algorithm.selection import within_success_rate
+from megatron_rema.algorithm.shaping import overlong_penalty
+from megatron_rema.config import AlgorithmConfig, RolloutConfig
+from megatron_rema.reward.answers import last_box, normalised
+from megatron_rema.types import Episode, Role, Trace, Turn
 
 
-def assign_advantages(episodes: Sequence[Episode], roles: Sequence[Role], algorithm: AlgorithmConfig) -> None:
-    """Fill ``episode.advantages[role]`` ([K]) of every episode that has ``turn_rewards[role]``.
+def group_by_prompt(episodes: Sequence[Episode]) -> dict[str, list[Episode]]:
+    """Episodes of each prompt, by prompt_id, in the order of first appearance."""
+    groups: dict[str, list[Episode]] = defaultdict(list)
+    for episode in episodes:
+        groups[episode.prompt.prompt_id].append(episode)
+    return dict(groups)
 
-    Group estimators compare a role's total reward with that of the same role in the other episodes of the prompt, and give every
-    turn of the trace that advantage; reinforce_plus_plus compares turn returns over the whole step.
+
+def inside(episodes: Sequence[Episode], right: Mapping[str, float], rollout: RolloutConfig) -> list[str]:
+    """Prompts (by id) whose fraction of right answers lies in [success_low, success_high]; ``right`` is 1.0 or 0.0 by episode_id."""
+    groups = group_by_prompt(episodes)
+    numbers = {prompt_id: number for number, prompt_id in enumerate(groups)}
+    kept_N = within_success_rate(
+        torch.tensor([right[episode.episode_id] for episode in episodes]),
+        torch.tensor([numbers[episode.prompt.prompt_id] for episode in episodes], dtype=torch.long),
+        low=rollout.success_low,
+        high=rollout.success_high,
+    )
+    return list(dict.fromkeys(e.prompt.prompt_id for e, kept in zip(episodes, kept_N.tolist(), strict=True) if kept))
+
+
+def chosen_for_training(scored: Sequence[Episode], rollout: RolloutConfig) -> list[Episode]:
+    """The episodes of the first ``prompts_per_step`` prompts that are neither hopeless nor solved (ReMA algorithm 1)."""
+    kept = inside(scored, {episode.episode_id: episode.score["correct"] for episode in scored}, rollout)[: rollout.prompts_per_step]
+    return [episode for episode in scored if episode.prompt.prompt_id in set(kept)]
+
+
+def penalise_overlong(episodes: Sequence[Episode], *, buffer_tokens: int, max_tokens: int) -> None:
+    """Add DAPO's penalty for length to the last turn of every rewarded role; 0 ``buffer_tokens``: none."""
+    if buffer_tokens == 0 or not episodes:
+        return
+    lengths_N = torch.tensor([episode.num_sampled_tokens for episode in episodes])
+    for episode, penalty in zip(episodes, overlong_penalty(lengths_N, max_tokens=max_tokens, buffer_tokens=buffer_tokens), strict=True):
+        episode.score["overlong_penalty"] = float(penalty)
+        for rewards in episode.turn_rewards.values():
+            rewards[-1] += float(penalty)
+
+
+def share_plan_rewards(episodes: Sequence[Episode], *, scheme: str) -> None:
+    """A plan with several answers earns the mean of what its episodes gave the meta-thinker (arXiv:2503.09501), once.
+
+    The reward stands in the episode that planned, or, where that one was excluded, in the first of the others, which then counts as the
+    one that planned. ``consistency``: the plan earns instead the fraction of its answers that are the most frequent one, right or wrong.
     """
+    families: dict[str, list[Episode]] = defaultdict(list)
+    for episode in episodes:
+        if Role.META_THINKING in episode.turn_rewards:
+            families[episode.plan_of or episode.episode_id].append(episode)
+    for family in families.values():
+        planner, *others = family
+        if planner.plan_of is None and not others and scheme != "consistency":
+            continue
+        rewards = torch.tensor([episode.turn_rewards[Role.META_THINKING][-1] for episode in family])
+        worth = float(plan_rewards(rewards, torch.zeros(len(family), dtype=torch.long), 1))
+        if scheme == "consistency":
+            worth = majority_frequency([episode.turns_of(Role.REASONING)[-1:] for episode in family])
+        planner.plan_of = None
+        planner.turn_rewards[Role.META_THINKING] = [worth]
+        for other in others:
+            other.plan_of = planner.episode_id
+            del other.turn_rewards[Role.META_THINKING]
+
+
+def majority_frequency(answers: Sequence[Sequence[Turn]]) -> float:
+    """Fraction of answers that are the most frequent one, compared as normalised text; a message without a box is no answer."""
+    boxes = [last_box(turn.text) for turns in answers for turn in turns]
+    texts = Counter(normalised(box) for box in boxes if box is not None and box.strip())
+    return max(texts.values(), default=0) / len(answers)
+
+
+def assign_advantages(
+    episodes: Sequence[Episode], roles: Sequence[Role], algorithm: AlgorithmConfig, baselines: Mapping[str, Sequence[float]]
+) -> dict[str, list[float]]:
+    """Fill ``episode.advantages[role]`` ([K]) of every episode that has ``turn_rewards[role]``. Returns the baselines after this step.
+
+    Group estimators compare a role's total reward with that of the same role in the other episodes of the prompt, ema with the role's
+    own past (``baselines``), and give every turn of the trace that advantage; reinforce_plus_plus compares turn returns over the step.
+    """
+    after = {role: list(pair) for role, pair in baselines.items()}
     for role in roles:
         played = [episode for episode in episodes if episode.turn_rewards.get(role)]
         if not played:
@@ -33,14 +111,19 @@ def assign_advantages(episodes: Sequence[Episode], roles: Sequence[Role], algori
             per_turn = reinforce_plus_plus(flat, trace_ids, tokens, turn_discount=algorithm.turn_discount).tolist()
             for episode, turns in zip(played, rewards, strict=True):
                 episode.advantages[role], per_turn = per_turn[: len(turns)], per_turn[len(turns) :]
+            continue
+        totals = torch.tensor([sum(turns) for turns in rewards])
+        if algorithm.advantage == "ema":
+            before = RunningMean(*(torch.tensor([value], dtype=torch.float64) for value in after.get(role, (0.0, 0.0))))
+            per_trace, mean = ema_baseline(totals, torch.zeros(len(played), dtype=torch.long), before, decay=algorithm.ema_decay)
+            after[str(role)] = [float(mean.sums_R), float(mean.weights_R)]
         else:
-            group_of = {prompt_id: index for index, prompt_id in enumerate(dict.fromkeys(e.prompt.prompt_id for e in played))}
+            group_of = {prompt_id: index for index, prompt_id in enumerate(group_by_prompt(played))}
             group_ids = torch.tensor([group_of[episode.prompt.prompt_id] for episode in played])
-            totals = torch.tensor([sum(turns) for turns in rewards])
-            for episode, turns, value in zip(
-                played, rewards, group_advantage(totals, group_ids, estimator=algorithm.advantage).tolist(), strict=True
-            ):
-                episode.advantages[role] = [value] * len(turns)
+            per_trace = group_advantage(totals, group_ids, estimator=algorithm.advantage)
+        for episode, turns, value in zip(played, rewards, per_trace.tolist(), strict=True):
+            episode.advantages[role] = [value] * len(turns)
+    return after
 
 
 def generalized_advantages(

@@ -18,10 +18,9 @@ from megatron_rema.report.accuracy import Problem, summary
 from megatron_rema.reward.answers import last_box
 from megatron_rema.reward.assign import assign
 from megatron_rema.reward.math_verifier import VerifierPool
-from megatron_rema.rollout.chat import ChatFormat
-from megatron_rema.rollout.dialogue import DialogueRules
+from megatron_rema.rollout.dialogue import Chats, DialogueRules
 from megatron_rema.rollout.scheduler import starts_of
-from megatron_rema.trainer.cast import build_engines, chat_format, dialogue_rules, process_group
+from megatron_rema.trainer.cast import build_engines, chat_formats, dialogue_rules, process_group
 from megatron_rema.trainer.collect import play_everywhere
 from megatron_rema.trainer.inputs import Inputs
 from megatron_rema.trainer.progress import Reporter
@@ -57,7 +56,7 @@ def evaluate_sets(
     config: RunConfig,
     *,
     rules: DialogueRules,
-    chat: ChatFormat,
+    chat: Chats,
     engines: Mapping[str, Engine],
     verifier: VerifierPool,
     reporter: Reporter,
@@ -74,7 +73,7 @@ def evaluate_sets(
         samples = trainer.evaluation_samples if temperature > 0 else 1
         episodes, judgements = play_everywhere(
             starts_of(prompts, samples),
-            rules=replace(rules, temperature=temperature),
+            rules=replace(rules, temperature=temperature, samples_per_plan=1),
             chat=chat,
             engines=engines,
             engine_tensor=config.engine.tensor,
@@ -172,7 +171,7 @@ def table(rows: Sequence[Mapping], title: str) -> Table:
 
 def evaluate_checkpoint(config: RunConfig, inputs: Inputs) -> None:
     """The ``evaluate`` front door: a checkpoint plays every evaluation set; results go to run_dir/evaluations.jsonl and the console."""
-    chat, rules, reward = chat_format(config), dialogue_rules(config), config.reward
+    chat, rules, reward = chat_formats(config), dialogue_rules(config), config.reward
     with process_group():
         first = dist.get_rank() == 0
         dist.barrier()  # every rank has looked at run_dir before rank 0 makes it

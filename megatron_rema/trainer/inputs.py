@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_rema.architecture import Architecture
 from megatron_rema.config import ConfigError, RunConfig, check_file, check_run_dir
 from megatron_rema.rollout.dataset import WrittenDialogue, WrittenPair, read_dialogues, read_pairs, read_prompts
-from megatron_rema.types import Prompt
+from megatron_rema.types import Prompt, Role
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def read_for_training(config: RunConfig) -> Inputs:
         architectures,
         prompts=_prompts(config, config.task.train_file),
         evaluation_sets=_evaluation_sets(config),
-        reward_model=_reward_model(config, architectures),
+        reward_model=_reward_model(config),
     )
 
 
@@ -67,8 +67,8 @@ def read_for_reward_model(config: RunConfig) -> Inputs:
     )
 
 
-def _reward_model(config: RunConfig, architectures: dict[str, Architecture]) -> Architecture | None:
-    """The reward model that scores episodes, which must read the policies' tokens."""
+def _reward_model(config: RunConfig) -> Architecture | None:
+    """The reward model that scores episodes, which must read the reasoner's tokens."""
     if config.reward.model_path is None:
         return None
     path = Path(config.reward.model_path)
@@ -80,10 +80,10 @@ def _reward_model(config: RunConfig, architectures: dict[str, Architecture]) -> 
         )
     layout = config.parallel.layout("reward_model")
     arch.check_layout(layout.tensor, layout.pipeline, layout.virtual_pipeline)
-    policy = Path(config.model_path(next(iter(architectures))))
+    policy = Path(config.model_path(config.policy_of_role[Role.REASONING]))
     if (path / "tokenizer.json").read_bytes() != (policy / "tokenizer.json").read_bytes():
         raise ConfigError(
-            f"reward.model_path {path} has another tokenizer than {policy}; a reward model reads the policies' tokens as they are."
+            f"reward.model_path {path} has another tokenizer than {policy}; a reward model reads the reasoner's tokens as they are."
         )
     return arch
 
@@ -102,9 +102,8 @@ def _evaluation_sets(config: RunConfig) -> dict[str, list[Prompt]]:
 
 
 def _architectures(config: RunConfig) -> dict[str, Architecture]:
-    """Every policy's architecture, checked against layout, context and the other policies' tokenizer."""
+    """Every policy's architecture, checked against layout and context."""
     architectures = {}
-    tokenizers: dict[str, bytes] = {}
     for name in config.agents.policies:
         path = Path(config.model_path(name))
         if not path.is_dir():
@@ -115,9 +114,6 @@ def _architectures(config: RunConfig) -> dict[str, Architecture]:
             arch.check_layout(layout.tensor, layout.pipeline, layout.virtual_pipeline)
         if not (path / "tokenizer.json").exists():
             raise ConfigError(f"model.path {path} has no tokenizer.json; dialogues need the model's tokenizer: copy its files there.")
-        tokenizers[name] = (path / "tokenizer.json").read_bytes()
-        if tokenizers[name] != next(iter(tokenizers.values())):
-            raise ConfigError(f"policies {next(iter(tokenizers))} and {name} have different tokenizers; give all policies the same one.")
         if config.rollout.max_context_tokens > arch.max_positions:
             raise ConfigError(
                 f"rollout.max_context_tokens ({config.rollout.max_context_tokens}) exceeds the model's max_position_embeddings "

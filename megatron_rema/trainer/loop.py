@@ -18,11 +18,10 @@ from megatron_rema.models.policy import ParallelModel
 from megatron_rema.report.page import write_report
 from megatron_rema.reward.assign import assign, reward_metrics
 from megatron_rema.reward.behaviour import behaviour_metrics
-from megatron_rema.reward.math_verifier import VerifierPool
+from megatron_rema.reward.math_verifier import Judgement, VerifierPool
 from megatron_rema.reward.model_scorer import add_model_scores
-from megatron_rema.rollout.chat import ChatFormat
 from megatron_rema.rollout.dataset import PromptStream
-from megatron_rema.rollout.dialogue import DialogueRules
+from megatron_rema.rollout.dialogue import Chats, DialogueRules
 from megatron_rema.rollout.scheduler import starts_of
 from megatron_rema.rollout.traces import traces_of
 from megatron_rema.trainer import state
@@ -32,7 +31,7 @@ from megatron_rema.trainer.cast import (
     build_engines,
     build_model,
     build_policies,
-    chat_format,
+    chat_formats,
     dialogue_rules,
     export_hf,
     process_group,
@@ -41,7 +40,15 @@ from megatron_rema.trainer.cast import (
     trained,
 )
 from megatron_rema.trainer.collect import play_everywhere
-from megatron_rema.trainer.credit import assign_advantages, generalized_advantages
+from megatron_rema.trainer.credit import (
+    assign_advantages,
+    chosen_for_training,
+    generalized_advantages,
+    group_by_prompt,
+    inside,
+    penalise_overlong,
+    share_plan_rewards,
+)
 from megatron_rema.trainer.evaluation import evaluate_sets, table
 from megatron_rema.trainer.experience import is_trainable, pack_for_rank
 from megatron_rema.trainer.inputs import Inputs
@@ -50,7 +57,7 @@ from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
 from megatron_rema.trainer.scoring import label_logprobs, scalars
 from megatron_rema.trainer.update import update_critic, update_policy
-from megatron_rema.types import Engine, Episode, Prompt, Role, Trace
+from megatron_rema.types import Engine, Episode, Prompt, Role, Trace, Verdict
 
 # phase of a step -> its metric
 _PHASES = {
@@ -72,7 +79,7 @@ class Study:
     reward_model: ParallelModel | None
     engines: dict[str, Engine]
     rules: DialogueRules
-    chat: ChatFormat
+    chat: Chats
     stream: PromptStream
     sets: dict[str, list[Prompt]]
     verifier: VerifierPool
@@ -84,7 +91,7 @@ class Study:
 
 def train(config: RunConfig, inputs: Inputs) -> None:
     """The ``train`` front door, its inputs read."""
-    chat = chat_format(config)
+    chat = chat_formats(config)
     with process_group():
         first = dist.get_rank() == 0
         dist.barrier()  # every rank has looked at run_dir before rank 0 makes it
@@ -157,28 +164,20 @@ def step(study: Study) -> dict[str, float]:
     config, position, reporter = study.config, study.position, study.reporter
     begin = time.perf_counter()
     reporter.restart_clock()
-    prompts = study.stream.take(position.prompts_taken, config.rollout.prompts_per_step)
-    episodes, judgements = play_everywhere(
-        starts_of(prompts, config.rollout.episodes_per_prompt),
-        rules=study.rules,
-        chat=study.chat,
-        engines=study.engines,
-        engine_tensor=config.engine.tensor,
-        verifier=study.verifier,
-        seed=config.seed,
-        step=position.step,
-        reporter=reporter,
-    )
+    prompts, episodes, judgements = draw(study)
     for engine in study.engines.values():
         engine.sleep()
     assigned = assign(episodes, judgements, scheme=config.reward.scheme, mask_unfinished_reward=config.reward.mask_unfinished_reward)
+    penalise_overlong(assigned.scored, buffer_tokens=config.reward.overlong_buffer_tokens, max_tokens=config.rollout.max_episode_tokens)
     model_metrics = score_with_reward_model(study, assigned.scored)
+    share_plan_rewards(assigned.scored, scheme=config.reward.scheme)
+    chosen = chosen_for_training(assigned.scored, config.rollout)
     if config.algorithm.advantage != "gae":  # a critic's advantages are per token: see score
-        assign_advantages(assigned.scored, config.roles, config.algorithm)
+        position.baselines = assign_advantages(chosen, config.roles, config.algorithm, position.baselines)
 
-    metrics: dict[str, float] = {}
-    for policy in active_policies(study):
-        metrics |= train_policy(study, policy, assigned.scored)
+    metrics: dict[str, float] = {"rollout/prompts_chosen_frac": len(group_by_prompt(chosen)) / len(prompts)}
+    for policy in active_policies(study) if chosen else []:
+        metrics |= train_policy(study, policy, chosen)
     position.step += 1
     position.prompts_taken += len(prompts)
     with reporter.phase("sync"):
@@ -189,7 +188,7 @@ def step(study: Study) -> dict[str, float]:
 
     if study.folder.writes:
         study.folder.episodes(position.step, (episode.to_json() for episode in episodes))
-    sampled = sum(episode.num_sampled_tokens for episode in episodes)
+    sampled = sampled_tokens(episodes)
     metrics |= reward_metrics(assigned, judgements) | model_metrics
     metrics |= behaviour_metrics(episodes, config.task.finish_marker)
     metrics |= {name: reporter.seconds.get(phase, 0.0) for phase, name in _PHASES.items()}
@@ -201,6 +200,41 @@ def step(study: Study) -> dict[str, float]:
     }
     alarm(study, metrics)
     return {"step": position.step, "weight_version": position.weight_version, "time_s": time.perf_counter() - begin, **metrics}
+
+
+def sampled_tokens(episodes: Sequence[Episode]) -> int:
+    """A plan that several episodes share was sampled once."""
+    shared = sum(len(episode.turns[0].completion.token_ids) for episode in episodes if episode.plan_of is not None and episode.turns)
+    return sum(episode.num_sampled_tokens for episode in episodes) - shared
+
+
+def draw(study: Study) -> tuple[list[Prompt], list[Episode], dict[str, Judgement]]:
+    """Play the step's prompts; with ``rollout.max_draws`` > 1 draw more until ``prompts_per_step`` of them are worth training on."""
+    config, position = study.config, study.position
+    rollout = config.rollout
+    prompts: list[Prompt] = []
+    episodes: list[Episode] = []
+    judgements: dict[str, Judgement] = {}
+    for _ in range(rollout.max_draws):
+        prompts += study.stream.take(position.prompts_taken + len(prompts), rollout.prompts_per_step)
+        played, judged = play_everywhere(
+            starts_of(prompts, rollout.episodes_per_prompt)[len(episodes) :],  # a prompt drawn twice gets episodes of other numbers
+            rules=study.rules,
+            chat=study.chat,
+            engines=study.engines,
+            engine_tensor=config.engine.tensor,
+            verifier=study.verifier,
+            seed=config.seed,
+            step=position.step,
+            reporter=study.reporter,
+        )
+        episodes += played
+        judgements |= judged
+        right = [episode for episode in episodes if judgements[episode.episode_id].verdict is not Verdict.UNKNOWN]
+        verdicts = {episode.episode_id: float(judgements[episode.episode_id].verdict is Verdict.CORRECT) for episode in right}
+        if len(inside(right, verdicts, rollout)) >= rollout.prompts_per_step:
+            break
+    return prompts, episodes, judgements
 
 
 def score_with_reward_model(study: Study, episodes: Sequence[Episode]) -> dict[str, float]:
@@ -221,8 +255,8 @@ def score_with_reward_model(study: Study, episodes: Sequence[Episode]) -> dict[s
 
 
 def active_policies(study: Study) -> list[Policy]:
-    """Whom this step updates: everyone, or one policy after the other every ``alternate_every`` steps."""
-    agents, policies = study.config.agents, list(study.policies.values())
+    """Whom this step updates: everyone who learns, or one policy after the other every ``alternate_every`` steps."""
+    agents, policies = study.config.agents, [policy for policy in study.policies.values() if policy.optimizer is not None]
     if agents.schedule == "simultaneous":
         return policies
     return [policies[study.position.step // agents.alternate_every % len(policies)]]

@@ -21,7 +21,7 @@ from megatron_rema.models.policy import ParallelModel
 from megatron_rema.parallel.microbatch import padded_tokens, plan_microbatches
 from megatron_rema.parallel.pipeline import reduce_stats
 from megatron_rema.rollout.traces import traces_of_dialogue
-from megatron_rema.trainer.cast import Critic, Layouts, adam, build_model, chat_format, dialogue_rules, process_group
+from megatron_rema.trainer.cast import Critic, Layouts, adam, build_model, chat_formats, dialogue_rules, process_group
 from megatron_rema.trainer.experience import pack, to_device
 from megatron_rema.trainer.inputs import Inputs
 from megatron_rema.trainer.progress import Reporter
@@ -63,7 +63,7 @@ def episode_scores(model: ParallelModel, views: Sequence[Trace], *, microbatch_t
 
 def train(config: RunConfig, inputs: Inputs) -> None:
     """The ``train_reward_model`` front door: a scalar-head model on model.path's trunk, at parallel.reward_model."""
-    chat, rules, settings = chat_format(config), dialogue_rules(config), config.reward_model
+    chat, rules, settings = chat_formats(config), dialogue_rules(config), config.reward_model
 
     def view(question: str, turns: Sequence[tuple[Role, str]]) -> Trace:
         return scoring_view(next(t for t in traces_of_dialogue(chat, rules, question, turns) if t.role is Role.REASONING))

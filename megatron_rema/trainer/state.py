@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -58,6 +58,7 @@ class Position:
     step: int = 0  # steps done
     prompts_taken: int = 0  # problems drawn from the stream
     weight_version: int = 0  # weight syncs done
+    baselines: dict[str, list[float]] = field(default_factory=dict)  # role -> [sum, weight] of its running mean (algorithm.advantage=ema)
 
 
 @dataclass

@@ -73,7 +73,7 @@ def episode(prompt: str, index: int, reward: float, turns: int = 1, tokens: int 
 
 def test_grpo_compares_a_role_with_itself_within_one_prompt_and_gives_every_turn_the_trace_advantage():
     episodes = [episode("p", 0, 1.0, turns=2), episode("p", 1, 0.0), episode("q", 0, 5.0), episode("q", 1, 5.0)]
-    assign_advantages(episodes, tuple(Role), AlgorithmConfig(advantage="grpo"))
+    assign_advantages(episodes, tuple(Role), AlgorithmConfig(advantage="grpo"), {})
     # p: rewards 1, 0: mean 0.5, sample std sqrt(0.5) = 0.7071 -> +-0.7071; q: equal rewards -> 0
     for role in Role:
         assert episodes[0].advantages[role] == pytest.approx([0.7071, 0.7071], abs=1e-4)
@@ -83,7 +83,7 @@ def test_grpo_compares_a_role_with_itself_within_one_prompt_and_gives_every_turn
 
 def test_reinforce_plus_plus_whitens_turn_returns_over_the_step():
     episodes = [episode("p", 0, 1.0, turns=2), episode("q", 0, 0.0)]
-    assign_advantages(episodes, (Role.REASONING,), AlgorithmConfig(advantage="reinforce_plus_plus", turn_discount=0.5))
+    assign_advantages(episodes, (Role.REASONING,), AlgorithmConfig(advantage="reinforce_plus_plus", turn_discount=0.5), {})
     # returns: p turn 0: 0 + 0.5 * 1 = 0.5, turn 1: 1.0; q: 0. Equal token counts: mean 0.5, population std 0.4082
     assert episodes[0].advantages[Role.REASONING] == pytest.approx([0.0, 1.2247], abs=1e-3)
     assert episodes[1].advantages[Role.REASONING] == pytest.approx([-1.2247], abs=1e-3)

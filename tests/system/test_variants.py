@@ -1,0 +1,84 @@
+"""Variants of ReMA are configuration: each trains for two steps with the one trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_rema.types import Episode, Role
+from tests.system.test_training import rows, run
+from tests.tiny_models import save_tiny_model
+from tests.tiny_task import save_tiny_task
+from tests.unit.tiny_tokenizer import tiny_tokenizer
+
+pytestmark = pytest.mark.system
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory) -> list[str]:
+    """The tiny task and its model, cold-started until it answers some problems right and some wrong."""
+    folder = tmp_path_factory.mktemp("task")
+    overrides = save_tiny_task(folder)
+    run("sft", 1, *overrides, f"run_dir={folder}/sft", "trainer.steps=40", "trainer.global_batch_dialogues=36", "optimizer.lr=0.002")
+    common = [f"model.path={folder}/sft/hf/shared", "trainer.steps=2", "trainer.evaluation_problems=2", "trainer.save_hf=false"]
+    return [o for o in overrides if not o.startswith("model.path=")] + common
+
+
+def two_steps(folder: Path, *overrides: str, ranks: int = 1) -> tuple[list[dict], list[Episode]]:
+    """Metrics of both steps, and the last step's episodes."""
+    run("train", ranks, *overrides, f"run_dir={folder}")
+    metrics = rows(folder / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2]
+    return metrics, [Episode.from_json(row) for row in rows(folder / "episodes" / "step_000002.jsonl")]
+
+
+SINGLE_TURN = ["rollout.max_rounds=1", "task.finish_marker=null"]
+
+
+def test_single_turn_by_algorithm_1_alternates_and_leaves_solved_and_hopeless_prompts_out(task, tmp_path):
+    settings = ["agents=separate", "agents.schedule=alternating", "agents.alternate_every=1", "algorithm=reinforce_plus_plus"]
+    filtered = ["reward=base", "rollout.success_low=0.2", "rollout.success_high=0.8", "rollout.prompts_per_step=8"]
+    metrics, episodes = two_steps(tmp_path, *task, *SINGLE_TURN, *settings, *filtered)
+    assert "train/meta_thinker/loss" in metrics[0] and "train/reasoner/loss" in metrics[1] and "train/meta_thinker/loss" not in metrics[1]
+    assert all(0 < row["rollout/prompts_chosen_frac"] < 1 for row in metrics)
+    for episode in episodes:
+        rate = sum(e.score["correct"] for e in episodes if e.prompt == episode.prompt) / 4
+        assert bool(episode.advantages) == (0.2 <= rate <= 0.8), "only episodes that are trained on are compared"
+        assert [turn.role for turn in episode.turns] == [Role.META_THINKING, Role.REASONING] or episode.status.is_cut
+
+
+def test_a_plan_with_several_answers_earns_their_agreement(task, tmp_path):
+    settings = ["reward=consistency", "rollout.samples_per_plan=2", "algorithm=rloo"]
+    metrics, episodes = two_steps(tmp_path, *task, *SINGLE_TURN, *settings, ranks=2)
+    planners = [e for e in episodes if e.plan_of is None]
+    assert len(episodes) == 16 and len(planners) == 8
+    for planner in planners:
+        (other,) = [e for e in episodes if e.plan_of == planner.episode_id]
+        assert other.turns[0].completion.token_ids == planner.turns[0].completion.token_ids
+        assert planner.turn_rewards[Role.META_THINKING][0] in (0.0, 0.5, 1.0) and Role.META_THINKING not in other.turn_rewards
+    assert metrics[1]["train/grad_norm"] > 0
+
+
+def test_a_frozen_partner_speaks_and_is_not_updated(task, tmp_path):
+    metrics, episodes = two_steps(tmp_path, *task, "agents=frozen_partner", "algorithm=ema", "trainer.checkpoint_every=1")
+    assert all("train/meta_thinker/loss" in row and "train/reasoner/loss" not in row for row in metrics)
+    assert any(turn.role is Role.REASONING for e in episodes for turn in e.turns)
+    assert {path.name for path in (tmp_path / "checkpoints" / "step_000002").iterdir() if path.is_dir()} == {"meta_thinker"}
+
+
+def test_dapo_draws_until_enough_prompts_tell_something(task, tmp_path):
+    dapo = ["algorithm=dapo", "rollout.max_draws=3", "rollout.success_low=0.01", "rollout.success_high=0.99"]
+    metrics, episodes = two_steps(tmp_path, *task, *dapo, "reward.overlong_buffer_tokens=64", "rollout.max_episode_tokens=64")
+    assert metrics[0]["rollout/prompts_taken"] > 4, "the first four prompts were not enough"
+    assert all(e.score["overlong_penalty"] < 0 for e in episodes if e.score)
+    assert len({e.episode_id for e in episodes}) == len(episodes)
+
+
+def test_agents_may_have_different_models_and_tokenizers(task, tmp_path):
+    other = save_tiny_model(tmp_path / "other", "llama3", tokenizer=tiny_tokenizer("llama3"))
+    _, episodes = two_steps(
+        tmp_path / "run", *task, "agents=separate", f"agents.policies.meta_thinker.path={other}", "algorithm=grpo_token", ranks=2
+    )
+    opening = {e.turns[0].context_token_ids[0] for e in episodes if e.turns}
+    assert opening == {tiny_tokenizer("llama3").bos_token_id}, "the meta-thinker reads its own chat format"
