@@ -69,7 +69,8 @@ def measure(folder: Path, config: dict) -> None:
     print("| tool | peak MiB | above imports, MiB | s |\n|---|---|---|---|")
     hf, tp2_pp2, tp4, back = (str(folder / name) for name in ("hf", "tp2_pp2", "tp4", "back"))
     convert, inspect = ([sys.executable, str(ROOT / "tools" / f"{tool}_checkpoint.py")] for tool in ("convert", "inspect"))
-    baseline, _ = report("imports alone", [sys.executable, "-c", "import megatron_rema.bridge.convert"], 0.0)
+    baseline, seconds = peak_mib([sys.executable, "-c", "import megatron_rema.bridge.convert"])
+    print(f"| imports alone | {baseline:,.0f} | 0 | {seconds:.0f} |", flush=True)
     report("to-megatron TP2 PP2", [*convert, "to-megatron", hf, tp2_pp2, "--tensor", "2", "--pipeline", "2"], baseline)
     report("reshard to TP4 PP1", [*convert, "reshard", tp2_pp2, tp4, "--tensor", "4", "--pipeline", "1"], baseline)
     shutil.rmtree(tp2_pp2)
@@ -80,11 +81,10 @@ def measure(folder: Path, config: dict) -> None:
     print("the round trip is bitwise")
 
 
-def report(name: str, command: list[str], baseline_mib: float) -> tuple[float, float]:
-    """Runs ``command`` and prints its row of the table. Returns peak MiB and seconds."""
+def report(name: str, command: list[str], baseline_mib: float) -> None:
+    """Runs ``command`` and prints its row of the table."""
     peak, seconds = peak_mib(command)
     print(f"| {name} | {peak:,.0f} | {peak - baseline_mib:,.0f} | {seconds:.0f} |", flush=True)
-    return peak, seconds
 
 
 def apart(function: Callable, *arguments: object) -> Any:
