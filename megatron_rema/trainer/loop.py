@@ -271,8 +271,10 @@ def train_policy(study: Study, policy: Policy, episodes: Sequence[Episode]) -> d
     ]
     kept = [[trace for trace in part if is_trainable(trace)] for part in parts]
     traces = [trace for part in kept for trace in part]
-    if not traces:
-        raise RuntimeError(f"step {study.position.step}: policy {policy.name} has no trainable trace; every episode was excluded or empty.")
+    if not traces:  # a step may have none: of a reasoner, say, whose meta-thinker never came to an end
+        study.folder.alert({"step": study.position.step + 1, "alert": "no_trainable_trace", "policy": policy.name})
+        reporter.say(f"ALERT step {study.position.step + 1}: policy {policy.name} said nothing that can be trained on; it is not updated")
+        return {}
     with reporter.phase("score"):  # before the first update: all minibatches are scored by the policy that sampled them
         columns = score(study, policy, traces)
     results = []

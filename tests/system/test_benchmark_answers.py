@@ -11,16 +11,15 @@ import random
 import subprocess
 import sys
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
 
 from megatron_rema.reward.answers import boxed
 from megatron_rema.reward.math_verifier import VerifierPool
 from megatron_rema.types import Verdict
+from tests.real_data import MATH
 
-DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "math"
-BENCHMARKS, MATH500 = DATA / "benchmarks.jsonl", DATA / "math500_test.parquet"
+BENCHMARKS, MATH500 = MATH / "benchmarks.jsonl", MATH / "math500_test.parquet"
 
 pytestmark = [
     pytest.mark.system,

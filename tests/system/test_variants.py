@@ -77,8 +77,28 @@ def test_dapo_draws_until_enough_prompts_tell_something(task, tmp_path):
 
 def test_agents_may_have_different_models_and_tokenizers(task, tmp_path):
     other = save_tiny_model(tmp_path / "other", "llama3", tokenizer=tiny_tokenizer("llama3"))
-    _, episodes = two_steps(
-        tmp_path / "run", *task, "agents=separate", f"agents.policies.meta_thinker.path={other}", "algorithm=grpo_token", ranks=2
-    )
-    opening = {e.turns[0].context_token_ids[0] for e in episodes if e.turns}
-    assert opening == {tiny_tokenizer("llama3").bos_token_id}, "the meta-thinker reads its own chat format"
+    model = next(o for o in task if o.startswith("model.path="))
+    separate = ["agents=separate", f"agents.policies.meta_thinker.path={other}"]
+    cold_start = [o for o in task if o != "trainer.save_hf=false"] + ["trainer.steps=30", "trainer.global_batch_dialogues=36"]
+    run("sft", 1, *cold_start, *separate, f"run_dir={tmp_path}/sft", "optimizer.lr=0.002")
+    taught = [
+        f"agents.policies.meta_thinker.path={tmp_path}/sft/hf/meta_thinker",
+        f"agents.policies.reasoner.{model.removeprefix('model.')}",
+    ]
+    metrics, episodes = two_steps(tmp_path / "run", *task, "agents=separate", *taught, "algorithm=grpo_token", ranks=2)
+    opening = {turn.role: turn.context_token_ids[0] for e in episodes for turn in e.turns if turn.round_index == 0}
+    assert opening[Role.META_THINKING] == tiny_tokenizer("llama3").bos_token_id, "each reads its own chat format"
+    assert opening[Role.REASONING] == tiny_tokenizer("chatml").convert_tokens_to_ids("<|im_start|>")
+    assert any(e.score.get("correct") for e in episodes), "the reasoner understands what the meta-thinker says"
+    assert all(row["train/meta_thinker/loss"] == row["train/meta_thinker/loss"] for row in metrics)
+    assert max(row[f"sync/{name}/logprob_gap_max"] for row in metrics for name in ("meta_thinker", "reasoner")) < 1e-3
+
+
+def test_a_policy_without_a_trace_is_not_updated_and_the_run_goes_on(task, tmp_path):
+    """An untrained meta-thinker never ends its message: the reasoner is never asked."""
+    babbler = save_tiny_model(tmp_path / "babbler", tokenizer=tiny_tokenizer("chatml"))
+    settings = ["agents=separate", f"agents.policies.meta_thinker.path={babbler}", "rollout.max_turn_tokens=2"]
+    metrics, _ = two_steps(tmp_path / "run", *task, *settings)
+    assert all("train/meta_thinker/loss" in row and "train/reasoner/loss" not in row for row in metrics)
+    alerts = [row for row in rows(tmp_path / "run" / "alerts.jsonl") if row["alert"] == "no_trainable_trace"]
+    assert alerts == [{"step": step, "alert": "no_trainable_trace", "policy": "reasoner"} for step in (1, 2)]
