@@ -58,6 +58,8 @@ def test_a_plan_with_several_answers_earns_their_agreement(task, tmp_path):
         (other,) = [e for e in episodes if e.plan_of == planner.episode_id]
         assert other.turns[0].completion.token_ids == planner.turns[0].completion.token_ids
         assert planner.turn_rewards[Role.META_THINKING][0] in (0.0, 0.5, 1.0) and Role.META_THINKING not in other.turn_rewards
+    once = sum(len(t.completion.token_ids) for e in episodes for t in e.turns if e.plan_of is None or t.role is Role.REASONING)
+    assert metrics[1]["rollout/sampled_tokens"] == once, "a shared plan was sampled once"
     assert metrics[1]["train/grad_norm"] > 0
 
 

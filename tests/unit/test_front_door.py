@@ -57,6 +57,20 @@ BAD_INPUT = {  # name: (overrides, environment, what the message must hold)
     "pipeline that does not divide the layers": (
         ["parallel.actor.pipeline=3"], WORLD_OF_3, ["parallel.pipeline (3)", "num_hidden_layers (2)"],
     ),
+    "resume_from without resume": (["resume_from=somewhere"], {}, ["resume_from", "somewhere", "resume=true"]),
+    "resume_from that is not there": (["resume=true", "resume_from=nowhere"], {}, ["resume_from", "nowhere", "no such"]),
+    "virtual stages without stages": (["parallel.actor.virtual_pipeline=2"], {}, ["parallel.virtual_pipeline is 2", "at least 2 stages"]),
+    "resampled pairs of one head": (["reward_model.bootstrap=true"], {}, ["reward_model.bootstrap", "heads 1", "at least 2"]),
+    "KL reward without tokens": (["algorithm.reward_kl_coef=0.1"], {}, ["algorithm.reward_kl_coef", "0.1", "advantage=gae"]),
+    "no prompt can be inside": (["rollout.success_low=0.9", "rollout.success_high=0.1"], {}, ["success_low (0.9)", "success_high (0.1)"]),
+    "several answers over several rounds": (["rollout.samples_per_plan=2"], {}, ["rollout.samples_per_plan is 2", "max_rounds=1"]),
+    "answers that do not divide the group": (
+        ["rollout.samples_per_plan=3", "rollout.max_rounds=1"], {}, ["samples_per_plan (3)", "episodes_per_prompt (4)", "remainder 1"],
+    ),
+    "one plan a prompt": (["rollout.samples_per_plan=4", "rollout.max_rounds=1"], {}, ["one plan of 4 answers", "at least 2"]),
+    "agreement of one answer": (["reward=consistency"], {}, ["reward.scheme is consistency", "samples_per_plan"]),
+    "a penalty longer than its budget": (["reward.overlong_buffer_tokens=99999"], {}, ["buffer_tokens (99999)", "max_episode_tokens"]),
+    "nobody learns": (["agents.policies.shared.trainable=false"], {}, ["no policy is trainable", "shared"]),
     "missing model folder": (["model.path=nowhere"], {}, ["model.path", "nowhere", "no such folder"]),
     "missing data file": (["task.train_file=nowhere.jsonl"], {}, ["task.train_file", "nowhere.jsonl"]),
     "group of one": (["rollout.episodes_per_prompt=1"], {}, ["rollout.episodes_per_prompt", "at least 2"]),
@@ -120,3 +134,34 @@ def test_saved_responses_are_scored_without_a_model(tmp_path):
     result = run(f"score_file={file}", door="evaluate")
     # right: 4 and 1/2 = 0.5; wrong: 5, and 4 without a box -> 2 of 4
     assert result.returncode == 0 and result.stdout.startswith("accuracy: 0.500 (4 scored, 0 unknown)"), result.stdout + result.stderr
+
+
+EXPERIMENTS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "experiment").glob("*.yaml"))
+
+
+def test_every_experiment_composes_and_obeys_the_rules_between_fields():
+    from hydra import compose, initialize_config_dir
+
+    from megatron_rema.config import check, load
+    from megatron_rema.front_door import config_dir
+
+    assert {"quickstart", "arith_ppo", "rema_math", "rema_single_turn", "vrp_math", "mrp_math"} <= set(EXPERIMENTS)
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        for name in EXPERIMENTS:
+            config = load(compose("config", overrides=[f"experiment={name}", "task.train_file=train.jsonl"]))
+            check(config, world_size=8)
+            assert name not in ("vrp_math", "mrp_math") or [str(role) for role in config.roles] == ["reasoning"]
+
+
+@pytest.mark.parametrize("group", ["agents", "algorithm", "reward", "rollout"])
+def test_every_option_of_a_group_composes(group):
+    from hydra import compose, initialize_config_dir
+
+    from megatron_rema.config import load
+    from megatron_rema.front_door import config_dir
+
+    options = sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+    assert len(options) >= 2
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        for option in options:
+            load(compose("config", overrides=[f"{group}={option}"]))
