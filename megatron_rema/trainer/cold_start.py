@@ -13,7 +13,7 @@ from megatron_rema.parallel.pipeline import reduce_stats
 from megatron_rema.parallel.vocab import vocab_parallel_logprobs_and_entropy
 from megatron_rema.report.page import write_report
 from megatron_rema.rollout.traces import traces_of_dialogue
-from megatron_rema.trainer.cast import Layouts, Policy, build_policies, chat_formats, dialogue_rules, export_hf, process_group
+from megatron_rema.trainer.cast import Layouts, Policy, build_policies, chat_formats, dialogue_rules, export_hf, process_group, trained
 from megatron_rema.trainer.experience import pack_for_rank
 from megatron_rema.trainer.inputs import Inputs
 from megatron_rema.trainer.progress import Reporter
@@ -41,15 +41,17 @@ def train(config: RunConfig, inputs: Inputs) -> None:
         reporter, folder = Reporter(speaks=first), RunFolder(config.run_dir, writes=first)
         policies = build_policies(config, inputs.architectures, Layouts(), total_steps=max(config.trainer.steps, 1), with_others=False)
 
+        learners = trained(policies)  # a frozen partner stays as it is
+
         def step(chosen: list[list[Trace]]) -> dict[str, float]:
             metrics: dict[str, float] = {}
-            for policy in policies.values():
+            for policy in learners.values():
                 prefix = f"train/{policy.name}/" if len(policies) > 1 else "train/"
                 traces = [trace for dialogue in chosen for trace in dialogue if trace.role in policy.roles]
                 metrics |= {prefix + name: value for name, value in _update(policy, traces, config).items()}
             return metrics
 
-        fit(config, "cold start", dialogues, learners=policies, update=step, folder=folder, reporter=reporter)
+        fit(config, "cold start", dialogues, learners=learners, update=step, folder=folder, reporter=reporter)
         if config.trainer.save_hf:
             for path in export_hf(policies, folder.path / "hf"):
                 reporter.say(f"policy exported: {path}")

@@ -230,9 +230,9 @@ def draw(study: Study) -> tuple[list[Prompt], list[Episode], dict[str, Judgement
         )
         episodes += played
         judgements |= judged
-        right = [episode for episode in episodes if judgements[episode.episode_id].verdict is not Verdict.UNKNOWN]
-        verdicts = {episode.episode_id: float(judgements[episode.episode_id].verdict is Verdict.CORRECT) for episode in right}
-        if len(inside(right, verdicts, rollout)) >= rollout.prompts_per_step:
+        known = [episode for episode in episodes if judgements[episode.episode_id].verdict is not Verdict.UNKNOWN]
+        right = {episode.episode_id: float(judgements[episode.episode_id].verdict is Verdict.CORRECT) for episode in known}
+        if len(inside(known, right, rollout)) >= rollout.prompts_per_step:
             break
     return prompts, episodes, judgements
 
