@@ -1,5 +1,7 @@
 """The plan that deals sequences to ranks and microbatches."""
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -78,3 +80,23 @@ def test_the_work_of_two_thousand_random_sequences_is_level_to_one_percent():
 def test_what_cannot_be_planned_is_refused_with_the_numbers(lengths, limits, message):
     with pytest.raises(ValueError, match=message):
         plan_microbatches(lengths, **limits)
+
+
+def test_no_rank_trains_mostly_one_role():
+    """Views of two roles of unlike lengths, role after role, on 4 ranks: every rank gets about a quarter of either role's tokens."""
+    rng = random.Random(4)
+    lengths = [rng.randint(50, 150) for _ in range(64)] + [rng.randint(200, 400) for _ in range(64)]  # meta-thinker, then reasoner
+
+    def shares(plan: list[list[list[int]]]) -> list[float]:
+        """Each rank's share of each role's tokens."""
+        roles = (range(64), range(64, 128))
+        return [
+            sum(lengths[i] for microbatch in rank for i in microbatch if i in role) / sum(lengths[i] for i in role)
+            for rank in plan
+            for role in roles
+        ]
+
+    plan = plan_microbatches(lengths, max_tokens=4096, num_ranks=4, multiple=8)
+    assert all(0.15 < share < 0.35 for share in shares(plan)), shares(plan)
+    naive = [[list(range(start, start + 32))] for start in range(0, 128, 32)]  # the same batch cut into four equal parts
+    assert sorted(shares(naive))[:4] == [0.0] * 4, "half the ranks see one role only"
