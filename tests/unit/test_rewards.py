@@ -97,8 +97,8 @@ def test_reward_metrics_average_over_traces_and_leave_out_what_is_not_there():
 
 
 def test_an_unknown_scheme_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"reward.scheme is 'consistency', which is not one of \['base', 'outcome'\]"):
-        assign([], {}, scheme="consistency")
+    with pytest.raises(ValueError, match=r"reward.scheme is 'vibes', which is not one of \['base', 'consistency', 'outcome'\]"):
+        assign([], {}, scheme="vibes")
 
 
 @pytest.mark.parametrize(
