@@ -38,12 +38,12 @@ def read_prompts(
     """Problems of one file. ``level_key`` and ``subset_key`` may be missing; without ``id_key`` ids are file name and line."""
     prompts: list[Prompt] = []
     first_line: dict[str, str] = {}
-    for where, number, row in _rows(path):
-        prompt_id = _text(row, id_key, where) if id_key else f"{Path(path).stem}-{number}"
+    for where, number, row in rows_of(path):
+        prompt_id = text_field(row, id_key, where) if id_key else f"{Path(path).stem}-{number}"
         if prompt_id in first_line:
             raise ValueError(f"{where}: field {id_key!r} is {prompt_id!r} as in {first_line[prompt_id]}: ids must be unique in a file.")
         first_line[prompt_id] = where
-        question, answer = _text(row, question_key, where), _text(row, answer_key, where)
+        question, answer = text_field(row, question_key, where), text_field(row, answer_key, where)
         subset = row.get(subset_key)
         level = _level(row.get(level_key), level_key, where)
         prompts.append(Prompt(prompt_id, question, answer, level, "" if subset is None else str(subset)))
@@ -67,8 +67,8 @@ class WrittenPair:
 def read_dialogues(path: str | Path) -> list[WrittenDialogue]:
     """Rows {"question", "answer", "turns": [{"role", "text"}, ...]}: meta_thinking and reasoning in turn, or reasoning once."""
     dialogues = [
-        WrittenDialogue(_text(row, "question", where), _text(row, "answer", where), _turns(row, "turns", where))
-        for where, _, row in _rows(path)
+        WrittenDialogue(text_field(row, "question", where), text_field(row, "answer", where), _turns(row, "turns", where))
+        for where, _, row in rows_of(path)
     ]
     if not dialogues:
         raise ValueError(f"{path}: no rows. Give a file with at least one dialogue.")
@@ -78,12 +78,12 @@ def read_dialogues(path: str | Path) -> list[WrittenDialogue]:
 def read_pairs(path: str | Path) -> list[WrittenPair]:
     """Rows {"question", "chosen": [{"role", "text"}, ...], "rejected": [...]}, and optionally "margin"."""
     pairs = []
-    for where, _, row in _rows(path):
+    for where, _, row in rows_of(path):
         margin = row.get("margin", 0.0)
         if not isinstance(margin, int | float) or isinstance(margin, bool):
-            raise ValueError(f"{where}: field 'margin' must be a number, got {_brief(margin)}.")
+            raise ValueError(f"{where}: field 'margin' must be a number, got {brief(margin)}.")
         pairs.append(
-            WrittenPair(_text(row, "question", where), _turns(row, "chosen", where), _turns(row, "rejected", where), float(margin))
+            WrittenPair(text_field(row, "question", where), _turns(row, "chosen", where), _turns(row, "rejected", where), float(margin))
         )
     if not pairs:
         raise ValueError(f"{path}: no rows. Give a file with at least one pair.")
@@ -93,19 +93,19 @@ def read_pairs(path: str | Path) -> list[WrittenPair]:
 def _turns(row: dict[str, Any], key: str, where: str) -> tuple[tuple[Role, str], ...]:
     turns = row.get(key)
     if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{where}: field {key!r} must be a list with at least one turn, got {_brief(turns)}.")
+        raise ValueError(f"{where}: field {key!r} must be a list with at least one turn, got {brief(turns)}.")
     spoken: list[tuple[Role, str]] = []
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict):
-            raise ValueError(f"{where}: field '{key}[{i}]' must be an object with 'role' and 'text', got {_brief(turn)}.")
+            raise ValueError(f"{where}: field '{key}[{i}]' must be an object with 'role' and 'text', got {brief(turn)}.")
         named = turn.get("role")
         if named not in list(Role):
-            raise ValueError(f"{where}: field '{key}[{i}].role' must be one of {[str(r) for r in Role]}, got {_brief(named)}.")
+            raise ValueError(f"{where}: field '{key}[{i}].role' must be one of {[str(r) for r in Role]}, got {brief(named)}.")
         role = Role(named)
         expected = Role.REASONING if len(turns) == 1 or i % 2 else Role.META_THINKING
         if role is not expected:
             raise ValueError(f"{where}: field '{key}[{i}].role' is {str(role)!r} where {str(expected)!r} must speak: roles alternate.")
-        spoken.append((role, _text(turn, "text", where, shown_as=f"{key}[{i}].text")))
+        spoken.append((role, text_field(turn, "text", where, shown_as=f"{key}[{i}].text")))
     return tuple(spoken)
 
 
@@ -131,7 +131,7 @@ class PromptStream:
         return self._cached[1]
 
 
-def _rows(path: str | Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def rows_of(path: str | Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """(where, number, row) of each row; blank JSONL lines are skipped."""
     path = Path(path)
     if not path.is_file():
@@ -155,13 +155,13 @@ def _rows(path: str | Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
                 except ValueError as error:
                     raise ValueError(f"{where}: not JSON ({error}). Every line must be one JSON object.") from None
                 if not isinstance(row, dict):
-                    raise ValueError(f"{where}: must be a JSON object, got {_brief(row)}.")
+                    raise ValueError(f"{where}: must be a JSON object, got {brief(row)}.")
                 yield where, number, row
     else:
         raise ValueError(f"{path}: cannot read files that end in {path.suffix!r}. Give a .jsonl or .parquet file.")
 
 
-def _text(row: dict[str, Any], key: str, where: str, *, shown_as: str | None = None) -> str:
+def text_field(row: dict[str, Any], key: str, where: str, *, shown_as: str | None = None) -> str:
     name = shown_as or key
     if key not in row:
         raise ValueError(f"{where}: field {name!r} is missing; the row has {sorted(row)}. Rename the column or set its key in the config.")
@@ -169,7 +169,7 @@ def _text(row: dict[str, Any], key: str, where: str, *, shown_as: str | None = N
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: field {name!r} must be text that is not blank, got {_brief(value)}.")
+        raise ValueError(f"{where}: field {name!r} must be text that is not blank, got {brief(value)}.")
     return value
 
 
@@ -179,10 +179,10 @@ def _level(value: Any, key: str, where: str) -> int:
         return 0
     match = re.fullmatch(r"(?:Level )?(\d+)", str(value))
     if isinstance(value, bool) or match is None:
-        raise ValueError(f"{where}: field {key!r} must be a whole number, got {_brief(value)}.")
+        raise ValueError(f"{where}: field {key!r} must be a whole number, got {brief(value)}.")
     return int(match[1])
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

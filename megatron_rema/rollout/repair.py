@@ -25,7 +25,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from megatron_rema.rollout.dataset import WrittenDialogue, _brief, _rows, _text
+from megatron_rema.rollout.dataset import WrittenDialogue, brief, rows_of, text_field
 from megatron_rema.types import Role, Verdict
 
 # Talk about making the set, by kind: what was asked of the rewriter, in any message; and, in the planner's first message, a finished
@@ -96,7 +96,7 @@ class Repaired:
 
 def read_role_views(path: str | Path) -> list[RoleView]:
     """One of the two files. A bad row is a ValueError that names file, line and field."""
-    views = [RoleView(where, _string(row, "system", where), _messages(row, where)) for where, _, row in _rows(path)]
+    views = [RoleView(where, _string(row, "system", where), _messages(row, where)) for where, _, row in rows_of(path)]
     if not views:
         raise ValueError(f"{path}: no rows. Give a file with at least one dialogue.")
     return views
@@ -105,9 +105,9 @@ def read_role_views(path: str | Path) -> list[RoleView]:
 def read_gold_answers(path: str | Path, *, question_key: str, answer_key: str) -> dict[str, str]:
     """Answers of a file of problems by the ``key_of`` their question. Rows with a blank answer, and questions with two, say nothing."""
     found: dict[str, set[str]] = {}
-    for where, _, row in _rows(path):
+    for where, _, row in rows_of(path):
         if not (isinstance(row.get(answer_key), str) and not row[answer_key].strip()):
-            found.setdefault(key_of(_text(row, question_key, where)), set()).add(_text(row, answer_key, where).strip())
+            found.setdefault(key_of(text_field(row, question_key, where)), set()).add(text_field(row, answer_key, where).strip())
     return {key: next(iter(answers)) for key, answers in found.items() if len(answers) == 1}
 
 
@@ -293,7 +293,7 @@ def _pair(meta: RoleView, reasoner: RoleView) -> WrittenDialogue:
         for i, (a, b) in enumerate(zip(got, want, strict=True)):
             if a != b:
                 raise ValueError(
-                    f"{reasoner.where}: field {_field(i, side, len(got))!r} is {_brief(a)} where {meta.where} makes it {_brief(b)}: "
+                    f"{reasoner.where}: field {_field(i, side, len(got))!r} is {brief(a)} where {meta.where} makes it {brief(b)}: "
                     "both files must tell the same dialogues in the same order; give two files of one set."
                 )
     turns = [turn for m, y in zip(meta.said, reasoner.said, strict=True) for turn in ((Role.META_THINKING, m), (Role.REASONING, y))]
@@ -307,11 +307,11 @@ def _field(round_index: int, side: int, num_rounds: int) -> str:
 def _messages(row: dict[str, Any], where: str) -> tuple[str, ...]:
     history = row.get("history")
     if not isinstance(history, list):
-        raise ValueError(f"{where}: field 'history' must be a list of [heard, said] pairs, got {_brief(history)}.")
+        raise ValueError(f"{where}: field 'history' must be a list of [heard, said] pairs, got {brief(history)}.")
     messages: list[str] = []
     for i, pair in enumerate(history):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise ValueError(f"{where}: field 'history[{i}]' must be a pair of texts [heard, said], got {_brief(pair)}.")
+            raise ValueError(f"{where}: field 'history[{i}]' must be a pair of texts [heard, said], got {brief(pair)}.")
         messages += pair
     return (*messages, _string(row, "instruction", where), _string(row, "output", where))
 
@@ -319,6 +319,6 @@ def _messages(row: dict[str, Any], where: str) -> tuple[str, ...]:
 def _string(row: dict[str, Any], key: str, where: str) -> str:
     if not isinstance(row.get(key), str):
         raise ValueError(
-            f"{where}: field {key!r} must be text, got {_brief(row.get(key))}; a row has instruction, output, system and history."
+            f"{where}: field {key!r} must be text, got {brief(row.get(key))}; a row has instruction, output, system and history."
         )
     return row[key]

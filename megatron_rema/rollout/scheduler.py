@@ -55,17 +55,19 @@ class TurnScheduler:
         self._to_submit: list[TurnRequest] = []
         self._ended_unasked: list[Episode] = []
         self._waiting: defaultdict[str, list[tuple[Episode, Dialogue]]] = defaultdict(list)  # for the plan of the episode of that id
+        planners: list[tuple[Episode, Dialogue]] = []
         for episode in self.episodes:
             dialogue = Dialogue(chat, rules, episode.prompt.question)
             if episode.group_index % rules.samples_per_plan:
                 episode.plan_of = self._planner_of(episode, ids)
                 self._waiting[episode.plan_of].append((episode, dialogue))
-        for episode in self.episodes:
-            if episode.plan_of is None:
-                self._request_turn(episode, Dialogue(chat, rules, episode.prompt.question))
-                if not episode.status.is_running:
-                    self._ended_unasked.append(episode)
-                    self._end_waiting(episode)
+            else:
+                planners.append((episode, dialogue))
+        for episode, dialogue in planners:
+            self._request_turn(episode, dialogue)
+            if not episode.status.is_running:
+                self._ended_unasked.append(episode)
+                self._end_waiting(episode)
 
     @property
     def num_running(self) -> int:

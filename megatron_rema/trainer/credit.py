@@ -43,8 +43,9 @@ def inside(episodes: Sequence[Episode], right: Mapping[str, float], rollout: Rol
 
 def chosen_for_training(scored: Sequence[Episode], rollout: RolloutConfig) -> list[Episode]:
     """The episodes of the first ``prompts_per_step`` prompts that are neither hopeless nor solved (ReMA algorithm 1)."""
-    kept = inside(scored, {episode.episode_id: episode.score["correct"] for episode in scored}, rollout)[: rollout.prompts_per_step]
-    return [episode for episode in scored if episode.prompt.prompt_id in set(kept)]
+    kept = inside(scored, {episode.episode_id: episode.score["correct"] for episode in scored}, rollout)
+    chosen = set(kept[: rollout.prompts_per_step])
+    return [episode for episode in scored if episode.prompt.prompt_id in chosen]
 
 
 def penalise_overlong(episodes: Sequence[Episode], *, buffer_tokens: int, max_tokens: int) -> None:
@@ -72,10 +73,11 @@ def share_plan_rewards(episodes: Sequence[Episode], *, scheme: str) -> None:
         planner, *others = family
         if planner.plan_of is None and not others and scheme != "consistency":
             continue
-        rewards = torch.tensor([episode.turn_rewards[Role.META_THINKING][-1] for episode in family])
-        worth = float(plan_rewards(rewards, torch.zeros(len(family), dtype=torch.long), 1))
         if scheme == "consistency":
             worth = majority_frequency([episode.turns_of(Role.REASONING)[-1:] for episode in family])
+        else:
+            rewards = torch.tensor([episode.turn_rewards[Role.META_THINKING][-1] for episode in family])
+            worth = float(plan_rewards(rewards, torch.zeros(len(family), dtype=torch.long), 1))
         planner.plan_of = None
         planner.turn_rewards[Role.META_THINKING] = [worth]
         for other in others:

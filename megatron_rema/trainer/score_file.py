@@ -30,6 +30,7 @@ from megatron_rema.config import ConfigError, RunConfig
 from megatron_rema.report import accuracy
 from megatron_rema.reward.answers import last_box
 from megatron_rema.reward.math_verifier import Judgement, VerifierPool
+from megatron_rema.rollout.dataset import brief
 from megatron_rema.types import Verdict
 
 NAMED_UNKNOWN = 10  # lines named on the console; the rest is counted
@@ -109,7 +110,7 @@ def read_rows(path: Path, question_key: str, answer_key: str) -> Iterator[Row]:
             except ValueError as error:  # not JSON, or not UTF-8
                 raise ConfigError(f"{where}: not JSON ({error}). Every line must be one JSON object.") from None
             if not isinstance(row, dict):
-                raise ConfigError(f"{where}: is {_brief(row)}; every line must be one JSON object.")
+                raise ConfigError(f"{where}: is {brief(row)}; every line must be one JSON object.")
             gold = _text(row, answer_key, where)
             subset = next((str(row[key]) for key in ("subset", "dataset") if row.get(key) is not None), "")
             if row.get("id") is not None:
@@ -117,7 +118,7 @@ def read_rows(path: Path, question_key: str, answer_key: str) -> Iterator[Row]:
                 first_gold, first_line = gold_of.setdefault(problem, (gold, number))
                 if first_gold != gold:
                     raise ConfigError(
-                        f"{where}: field {answer_key!r} is {_brief(gold)} but was {_brief(first_gold)} in line {first_line}, which has the "
+                        f"{where}: field {answer_key!r} is {brief(gold)} but was {brief(first_gold)} in line {first_line}, which has the "
                         f"same id {row['id']!r}; rows of one id are samples of one problem: correct the id or the answer."
                     )
             else:
@@ -132,7 +133,7 @@ def _responses(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
         return (_text(row, "response", where),)
     responses = row["responses"]
     if not isinstance(responses, list) or not responses or not all(isinstance(text, str) for text in responses):
-        raise ConfigError(f"{where}: field 'responses' is {_brief(responses)}; it must be a list of at least one text.")
+        raise ConfigError(f"{where}: field 'responses' is {brief(responses)}; it must be a list of at least one text.")
     return tuple(responses)
 
 
@@ -142,13 +143,8 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
-        raise ConfigError(f"{where}: field {key!r} is {_brief(value)}; it must be text.")
+        raise ConfigError(f"{where}: field {key!r} is {brief(value)}; it must be text.")
     return value
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _add(problems: dict[tuple[str, ...], Scored], unknown: list[tuple[Row, str]], row: Row, text: str, judgement: Judgement) -> None:

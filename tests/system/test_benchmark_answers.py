@@ -12,24 +12,20 @@ import subprocess
 import sys
 from collections import defaultdict
 
+import pyarrow.parquet as parquet
 import pytest
 
 from megatron_rema.reward.answers import boxed
 from megatron_rema.reward.math_verifier import VerifierPool
 from megatron_rema.types import Verdict
-from tests.real_data import MATH
+from tests.real_data import math_file
 
-BENCHMARKS, MATH500 = MATH / "benchmarks.jsonl", MATH / "math500_test.parquet"
-
-pytestmark = [
-    pytest.mark.system,
-    pytest.mark.skipif(not BENCHMARKS.is_file(), reason="no shared/data/math/benchmarks.jsonl beside the repository"),
-]
+pytestmark = pytest.mark.system
 
 
 @pytest.fixture(scope="module")
 def rows():
-    return [json.loads(line) for line in BENCHMARKS.read_text().splitlines()]
+    return [json.loads(line) for line in math_file("benchmarks.jsonl").read_text().splitlines()]
 
 
 def accuracy(file, rows, answers):
@@ -104,11 +100,9 @@ def test_every_gold_answer_equals_itself_by_mathematics(rows):
 
 def test_another_edition_of_the_same_answers_is_right(rows):
     """The parquet file writes MATH500's answers as their authors did (spaces, \\text, \\mbox); the JSONL file is another edition."""
-    parquet = pytest.importorskip("pyarrow.parquet")
-    if not MATH500.is_file():
-        pytest.skip("no shared/data/math/math500_test.parquet beside the repository")
+    math500 = math_file("math500_test.parquet")
     gold = {row["question"].strip(): row["answer"] for row in rows if row["dataset"] == "MATH500" and row["answer"].strip()}
-    said = {row["question"].strip(): row["answer"] for row in parquet.read_table(MATH500).to_pylist()}
+    said = {row["question"].strip(): row["answer"] for row in parquet.read_table(math500).to_pylist()}
     pairs = [(said[question], gold[question]) for question in gold if question in said]
     assert len(pairs) > 450 and sum(ours != theirs for ours, theirs in pairs) > 50  # there is something to be told equal
     with VerifierPool(2, timeout_s=30.0, lenient=False) as pool:

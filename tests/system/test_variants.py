@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from megatron_rema.types import Episode, Role
 from tests.system.test_training import rows, run
@@ -64,7 +66,12 @@ def test_a_plan_with_several_answers_earns_their_agreement(task, tmp_path):
 
 
 def test_a_frozen_partner_speaks_and_is_not_updated(task, tmp_path):
+    task = [o for o in task if o != "trainer.save_hf=false"]
     metrics, episodes = two_steps(tmp_path, *task, "agents=frozen_partner", "algorithm=ema", "trainer.checkpoint_every=1")
+    source = load_file(Path(next(o for o in task if o.startswith("model.path=")).removeprefix("model.path=")) / "model.safetensors")
+    for name, is_frozen in (("reasoner", True), ("meta_thinker", False)):
+        exported = load_file(tmp_path / "hf" / name / "model.safetensors")
+        assert all(torch.equal(exported[key], source[key]) for key in source) == is_frozen
     assert all("train/meta_thinker/loss" in row and "train/reasoner/loss" not in row for row in metrics)
     assert any(turn.role is Role.REASONING for e in episodes for turn in e.turns)
     assert {path.name for path in (tmp_path / "checkpoints" / "step_000002").iterdir() if path.is_dir()} == {"meta_thinker"}
