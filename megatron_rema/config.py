@@ -42,6 +42,7 @@ class TaskConfig:
     question_key: str = "question"
     answer_key: str = "answer"
     finish_marker: str | None = "[FINISH]"  # None: no marker, every dialogue finishes after rollout.max_rounds (single-turn ReMA)
+    json_actions: bool = False  # the meta-thinker's messages are actions in JSON, sampled under their grammar (needs xgrammar)
     cold_start_file: str | None = None  # dialogues for sft: {question, answer, turns: [{role, text}]}
     preference_file: str | None = None  # pairs for train_reward_model: {question, chosen: [turns], rejected: [turns]}
     preference_heldout_file: str | None = None
@@ -331,6 +332,8 @@ def _check_agents(config: RunConfig) -> None:
     for role in config.roles:
         if role not in config.task.system_prompts:
             raise ConfigError(f"task.system_prompts has no entry for role {role}; add task.system_prompts.{role}=TEXT.")
+    if config.task.json_actions and Role.META_THINKING not in owner:
+        raise ConfigError("task.json_actions is true where nobody speaks for 'meta_thinking', whose messages they are: set it to false.")
     if not any(policy.trainable for policy in policies.values()):
         raise ConfigError(f"no policy is trainable ({', '.join(policies)}); set agents.policies.NAME.trainable=true for at least one.")
     if config.agents.schedule == "alternating" and len(policies) < 2:

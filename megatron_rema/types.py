@@ -25,6 +25,14 @@ class Role(StrEnum):
     REASONING = "reasoning"
 
 
+class Action(StrEnum):
+    """What a meta-thinker's message asks of the reasoner, where its messages are JSON actions. The spellings that it writes."""
+
+    DECOMPOSE = "DECOMPOSE"  # solve these steps
+    REWRITE = "REWRITE"  # solve the problem put like this
+    EMPTY = "EMPTY"  # nothing: solve it alone
+
+
 class StopReason(StrEnum):
     """Why the engine ended one turn."""
 
@@ -89,6 +97,7 @@ class TurnRequest:
     temperature: float = 1.0
     top_p: float = 1.0
     stop_token_ids: tuple[int, ...] = ()
+    regex: str | None = None  # the turn's text up to its stop token must match: only tokens that can still lead there are sampled
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ class Completion:
 
     request_id: str
     token_ids: tuple[int, ...]  # [n], a sampled stop token included
-    logprobs: tuple[float, ...]  # [n], log-probabilities (nats) under the sampling distribution (temperature applied)
+    logprobs: tuple[float, ...]  # [n], log-probabilities (nats) under the sampling distribution (temperature and regex applied)
     stop_reason: StopReason
     weight_version: int
 
@@ -110,7 +119,8 @@ class Turn:
     round_index: int
     context_token_ids: tuple[int, ...]  # unlabelled: system, question, the partner's message, template tokens
     completion: Completion
-    text: str  # a view for humans and verifiers, stop token stripped
+    text: str  # what was said, for the partner, humans and verifiers: stop token stripped, of a JSON action its output
+    action: Action | None = None  # of a meta-thinker's turn that is a JSON action, whole and valid
 
 
 @dataclass
@@ -145,7 +155,8 @@ class Episode:
             completion = Completion(
                 c["request_id"], tuple(c["token_ids"]), tuple(c["logprobs"]), StopReason(c["stop_reason"]), c["weight_version"]
             )
-            return Turn(Role(t["role"]), t["round_index"], tuple(t["context_token_ids"]), completion, t["text"])
+            action = None if t.get("action") is None else Action(t["action"])
+            return Turn(Role(t["role"]), t["round_index"], tuple(t["context_token_ids"]), completion, t["text"], action)
 
         return cls(
             episode_id=row["episode_id"],
@@ -173,6 +184,9 @@ class Trace:
     rollout_logprobs: tuple[float, ...]  # [L], 0.0 where not mine
     turn_rewards: tuple[float, ...]  # [K]
     advantages: tuple[float, ...] = ()  # [K], one per turn
+    # [L], where the turns were sampled under a regex: the tokens that it allowed at that place, as bits of little-endian 32-bit words (bit
+    # v % 32 of word v // 32: token v); None where any token was. () = nowhere constrained. Equal sets are one object.
+    allowed: tuple[bytes | None, ...] = ()
 
 
 @dataclass
@@ -200,6 +214,9 @@ class Batch:
     ref_logprobs: Tensor | None = None  # [T] float32
     values: Tensor | None = None  # [T] float32, the critic's before the update
     returns: Tensor | None = None  # [T] float32
+    # The distinct sets of tokens that labels were sampled from (S sets, W = ceil(V / 32) words: see Trace.allowed). None: all of V
+    allowed_sets: Tensor | None = None  # [S, W] int32
+    allowed_ids: Tensor | None = None  # [T] int64, 0..S-1
 
 
 class Engine(Protocol):

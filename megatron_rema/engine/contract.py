@@ -37,9 +37,10 @@ class EngineCounters:
         self.num_sampled_tokens += sampled_tokens
 
 
-def check_request(request: TurnRequest, *, max_model_len: int, known_ids: Container[str]) -> None:
+def check_request(request: TurnRequest, *, max_model_len: int, known_ids: Container[str], constrained: bool) -> None:
     """Refuse what no engine could answer faithfully. Raises ValueError naming the request, the value and the rule.
 
+    ``constrained``: this engine was started to sample under grammars.
     The whole token budget must fit: a turn cut by the context window would look like a turn cut by its own budget.
     """
     who, length = f"request {request.request_id!r}", len(request.token_ids)
@@ -58,6 +59,10 @@ def check_request(request: TurnRequest, *, max_model_len: int, known_ids: Contai
         raise ValueError(f"{who}: temperature ({request.temperature}) must be >= 0; 0 is greedy.")
     if not 0.0 < request.top_p <= 1.0:
         raise ValueError(f"{who}: top_p ({request.top_p}) must be in (0, 1].")
+    if request.regex is not None and not constrained:
+        raise ValueError(f"{who} has a regex, but the engine was started without its tokenizer: start it with constrained=True.")
+    if request.regex is not None and not request.stop_token_ids:
+        raise ValueError(f"{who} has a regex but no stop_token_ids: a turn whose text is complete could never end.")
     if not 0 <= request.seed < 2**63:
         raise ValueError(f"{who}: seed ({request.seed}) must be in [0, 2**63).")
 

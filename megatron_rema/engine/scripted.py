@@ -59,7 +59,7 @@ class ScriptedEngine:
 
     def submit(self, request: TurnRequest) -> None:
         assert not self.is_asleep, "submit to a sleeping engine: call wake() first"
-        check_request(request, max_model_len=self._max_model_len, known_ids=self._pending)
+        check_request(request, max_model_len=self._max_model_len, known_ids=self._pending, constrained=True)
         token_ids, stop_reason = self._answer(request)
         assert len(token_ids) <= request.max_tokens, f"the script answers {len(token_ids)} tokens, max_tokens is {request.max_tokens}"
         completion = Completion(request.request_id, tuple(token_ids), (self._logprob,) * len(token_ids), stop_reason, self._weight_version)

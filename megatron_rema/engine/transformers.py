@@ -19,6 +19,8 @@ from torch import Tensor
 
 from megatron_rema.engine.contain import kept_rng
 from megatron_rema.engine.contract import EngineCounters, check_request, checkpoint_names, complete
+from megatron_rema.engine.grammar import Grammars, Matcher
+from megatron_rema.parallel.vocab import allowed_columns
 from megatron_rema.types import Completion, StopReason, TurnRequest
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ class TransformersEngine:
         max_model_len: int,
         max_num_seqs: int = 64,
         device: torch.device | str | None = None,
+        constrained: bool = False,
     ) -> None:
         from transformers import AutoModelForCausalLM
 
@@ -57,6 +60,7 @@ class TransformersEngine:
         self._model = model.to(self._device).eval().requires_grad_(False)
         self._store = _KeyValueStore(model.config, max_num_seqs, getattr(torch, dtype), self._device)
         self._max_model_len, self._max_num_seqs = max_model_len, max_num_seqs
+        self._grammars = Grammars(model_path, model.config.vocab_size) if constrained else None
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []  # index = row of the store
         self._unfinished: set[str] = set()
@@ -74,8 +78,10 @@ class TransformersEngine:
 
     def submit(self, request: TurnRequest) -> None:
         self._check_usable()
-        check_request(request, max_model_len=self._max_model_len, known_ids=self._unfinished)
-        self._waiting.append(_Sequence(request, self._num_submitted, self._weight_version))
+        constrained = self._grammars is not None
+        check_request(request, max_model_len=self._max_model_len, known_ids=self._unfinished, constrained=constrained)
+        matcher = None if request.regex is None else self._grammars.matcher(request.regex, request.stop_token_ids)
+        self._waiting.append(_Sequence(request, self._num_submitted, self._weight_version, matcher))
         self._unfinished.add(request.request_id)
         self._num_submitted += 1
 
@@ -199,6 +205,7 @@ class _Sequence:
     request: TurnRequest
     order: int
     weight_version: int
+    matcher: Matcher | None  # of a request with a regex: where its grammar is after what was sampled
     token_ids: list[int] = field(init=False)
     logprobs: list[float] = field(default_factory=list)
     generator: torch.Generator = field(init=False)
@@ -265,7 +272,14 @@ class _KeyValueStore:
 
 
 def _sample(logits_nV: Tensor, sequences: list[_Sequence]) -> None:
-    """Append one token and its log-probability to every sequence. Temperature 0 takes the argmax."""
+    """Append one token and its log-probability to every sequence. Temperature 0 takes the argmax.
+
+    A token outside a sequence's grammar gets probability 0 before temperature and top_p are applied.
+    """
+    for row, sequence in enumerate(sequences):
+        if sequence.matcher is not None:
+            words_1W = torch.frombuffer(bytearray(sequence.matcher.allowed()), dtype=torch.int32)[None].to(logits_nV.device)
+            logits_nV[row].masked_fill_(~allowed_columns(words_1W, 0, logits_nV.shape[1])[0], float("-inf"))
     temperature_n1 = logits_nV.new_tensor([[sequence.request.temperature] for sequence in sequences])
     greedy_n = temperature_n1[:, 0] == 0.0
     logits_nV = logits_nV / torch.where(temperature_n1 == 0.0, 1.0, temperature_n1)
@@ -282,6 +296,8 @@ def _sample(logits_nV: Tensor, sequences: list[_Sequence]) -> None:
     for sequence, token, logprob in zip(sequences, tokens_n.tolist(), chosen_n.tolist(), strict=True):
         sequence.token_ids.append(token)
         sequence.logprobs.append(logprob)
+        if sequence.matcher is not None:
+            sequence.matcher.accept(token)
 
 
 def _keep_nucleus(logits_nV: Tensor, top_p_n1: Tensor) -> Tensor:

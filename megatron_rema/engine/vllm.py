@@ -32,7 +32,8 @@ class VllmEngine:
 
     ``kv_cache_gib`` is memory per rank for keys and values; it must hold at least one sequence of ``max_model_len``.
     Log-probabilities are those of the sampling distribution (temperature and top_p applied); at temperature 0, those of
-    the untempered policy. A turn ends on the request's own ``stop_token_ids`` only: the model's end-of-sequence is ignored.
+    the untempered policy. Under a request's regex (an engine that is ``constrained`` takes them) the distribution is that over the tokens
+    which the grammar allows. A turn ends on the request's own ``stop_token_ids`` only: the model's end-of-sequence is ignored.
     """
 
     _num_alive = 0  # engines of this process, which share vLLM's process groups
@@ -48,6 +49,7 @@ class VllmEngine:
         block_size: int = 32,
         kv_cache_gib: float = 0.25,
         seed: int = 0,
+        constrained: bool = False,
     ) -> None:
         require_vllm()
         assert dist.is_initialized(), "VllmEngine shares the trainer's process group: call init_process_group first"
@@ -57,6 +59,7 @@ class VllmEngine:
         self.counters = EngineCounters()
         self._expected = checkpoint_names(model_path)
         self._max_model_len = max_model_len
+        self._constrained = constrained
         self._unfinished: dict[str, tuple[int, TurnRequest, int]] = {}  # id -> (order, request, weight version at submission)
         self._num_submitted = 0
         self._weight_version = 0
@@ -64,11 +67,12 @@ class VllmEngine:
         with contained():
             from vllm.engine.arg_utils import EngineArgs
             from vllm.platforms import current_platform
-            from vllm.sampling_params import RequestOutputKind, SamplingParams
+            from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
             from vllm.usage.usage_lib import UsageContext
             from vllm.v1.engine.llm_engine import LLMEngine
 
             self._sampling_params, self._final_only = SamplingParams, RequestOutputKind.FINAL_ONLY
+            self._structured_outputs = StructuredOutputsParams
             tame()
             _check_tensor_size(tensor)
             register_in_process(json.loads((Path(model_path) / "config.json").read_text())["architectures"])
@@ -94,7 +98,8 @@ class VllmEngine:
                 enable_sleep_mode=not self._on_cpu,
                 logprobs_mode="processed_logprobs",  # the default would ignore temperature
                 generation_config="vllm",  # sampling comes from the request alone
-                skip_tokenizer_init=True,  # token ids in, token ids out
+                skip_tokenizer_init=not constrained,  # token ids in, token ids out; a grammar knows tokens by their spelling
+                structured_outputs_config={"backend": "xgrammar"},  # the library that the trainer replays grammars with
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
             )
@@ -111,7 +116,7 @@ class VllmEngine:
 
     def submit(self, request: TurnRequest) -> None:
         self._check_usable()
-        check_request(request, max_model_len=self._max_model_len, known_ids=self._unfinished)
+        check_request(request, max_model_len=self._max_model_len, known_ids=self._unfinished, constrained=self._constrained)
         parameters = self._sampling_params(
             temperature=request.temperature,
             top_p=request.top_p,
@@ -119,6 +124,7 @@ class VllmEngine:
             max_tokens=request.max_tokens,
             stop_token_ids=list(request.stop_token_ids),
             ignore_eos=True,
+            structured_outputs=None if request.regex is None else self._structured_outputs(regex=request.regex),
             logprobs=0,  # of the sampled token only
             flat_logprobs=True,
             detokenize=False,

@@ -1,6 +1,7 @@
 """Log-probability and entropy of a token distribution whose vocabulary is sharded over tensor-parallel ranks.
 
-Shapes: T label positions, V the padded vocabulary, V/tp this rank's shard ("local"): columns [rank * V/tp, (rank + 1) * V/tp).
+Shapes: T label positions, V the padded vocabulary, V/tp this rank's shard ("local"): columns [rank * V/tp, (rank + 1) * V/tp);
+S sets of tokens, W 32-bit words that hold one bit a token.
 Over the wire, forward: one all-gather of four numbers per token, merged in rank order, hence bitwise equal on every rank.
 Backward: nothing; each rank forms the gradient of its own shard.
 Memory: what is kept for backward is the logits themselves (in their own dtype, no copy) and two numbers per token;
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+FORBIDDEN = -1e30  # logit of a token outside the allowed set: finite, so that 0 * (z - max) is 0 and no NaN
 CHUNK_ELEMENTS = 1 << 20  # logits of one float32 temporary (4 MiB: larger ones leave a CPU's cache and take a third longer)
 
 
@@ -27,11 +29,15 @@ def vocab_parallel_logprobs_and_entropy(
     temperature: float = 1.0,
     with_entropy: bool = False,
     vocab_size: int,
+    allowed_sets_SW: Tensor | None = None,
+    allowed_ids_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """[T] log-probability (nats) of each label under softmax(logits / temperature), and [T] entropy (nats) or None.
 
     Computed in float32 whatever the logits' dtype (float64 logits: in float64). Columns from ``vocab_size`` on are padding:
     they have no probability and get gradient 0. A label outside [0, vocab_size) gives NaN. ``tp_group`` None: not sharded.
+    With allowed sets (bits over the whole vocabulary: ``types.Trace.allowed``) the softmax at position t runs over the tokens of set
+    ``allowed_ids_T[t]`` only: the others are as padding is, and a label that is one of them gets about -1e30.
     Every rank returns the same values; the caller's loss must be the same on every rank, and its gradient is not reduced.
     """
     tp_size = 1 if tp_group is None else dist.get_world_size(tp_group)
@@ -41,7 +47,16 @@ def vocab_parallel_logprobs_and_entropy(
     if width * tp_size < vocab_size:
         raise ValueError(f"{tp_size} shards of {width} columns hold {width * tp_size} logits, fewer than vocab_size ({vocab_size}).")
     assert local_logits_TV.dim() == 2 and labels_T.shape == local_logits_TV.shape[:1], (local_logits_TV.shape, labels_T.shape)
-    return _LogprobsAndEntropy.apply(local_logits_TV, labels_T, tp_group, temperature, with_entropy, vocab_size)
+    assert (allowed_sets_SW is None) == (allowed_ids_T is None), "allowed sets and each position's set come together"
+    return _LogprobsAndEntropy.apply(
+        local_logits_TV, labels_T, tp_group, temperature, with_entropy, vocab_size, allowed_sets_SW, allowed_ids_T
+    )
+
+
+def allowed_columns(sets_SW: Tensor, first: int, number: int) -> Tensor:
+    """[S, number] bool: is token ``first + column`` in the set? ``sets_SW`` int32: bit v % 32 of word v // 32 stands for token v."""
+    tokens_V = torch.arange(first, first + number, device=sets_SW.device)
+    return ((sets_SW[:, tokens_V // 32] >> (tokens_V % 32).int()) & 1).bool()
 
 
 class _LogprobsAndEntropy(torch.autograd.Function):
@@ -51,12 +66,13 @@ class _LogprobsAndEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits_TV, labels_T, tp_group, temperature, with_entropy, vocab_size):
+    def forward(ctx, logits_TV, labels_T, tp_group, temperature, with_entropy, vocab_size, allowed_sets_SW, allowed_ids_T):
         tp_size, rank = (1, 0) if tp_group is None else (dist.get_world_size(tp_group), dist.get_rank(tp_group))
         first = rank * logits_TV.shape[1]
         num_valid = min(max(vocab_size - first, 0), logits_TV.shape[1])
         is_mine_T = (labels_T >= first) & (labels_T < first + num_valid)
         column_T = (labels_T - first).masked_fill(~is_mine_T, 0)
+        allowed_SV = None if allowed_sets_SW is None else allowed_columns(allowed_sets_SW, first, num_valid)
 
         # local max m, sum of exp(z - m), sum of exp(z - m) (z - m), label's z (0 where another rank has it)
         dtype = torch.promote_types(logits_TV.dtype, torch.float32)
@@ -65,7 +81,7 @@ class _LogprobsAndEntropy(torch.autograd.Function):
             local_T4[:, 0] = torch.finfo(dtype).min  # finite, so that a shard of padding adds 0 and no NaN
         else:
             for rows in _row_chunks(logits_TV):
-                z_RV = _scaled(logits_TV[rows, :num_valid], dtype, temperature)
+                z_RV = _allowed_only(_scaled(logits_TV[rows, :num_valid], dtype, temperature), rows, allowed_SV, allowed_ids_T)
                 local_T4[rows, 3] = z_RV.gather(1, column_T[rows, None])[:, 0].masked_fill(~is_mine_T[rows], 0.0)
                 max_R = z_RV.amax(1)
                 z_RV = z_RV - max_R[:, None]  # a copy: the logits are kept for backward
@@ -94,6 +110,7 @@ class _LogprobsAndEntropy(torch.autograd.Function):
 
         ctx.save_for_backward(logits_TV, column_T, is_mine_T, max_T + log_total_T, entropy_T)
         ctx.temperature, ctx.num_valid = temperature, num_valid
+        ctx.allowed_SV, ctx.allowed_ids_T = allowed_SV, allowed_ids_T
         ctx.set_materialize_grads(False)
         return logprobs_T, entropy_T
 
@@ -101,14 +118,15 @@ class _LogprobsAndEntropy(torch.autograd.Function):
     def backward(ctx, grad_logprobs_T, grad_entropy_T):
         logits_TV, column_T, is_mine_T, lse_T, entropy_T = ctx.saved_tensors
         if grad_logprobs_T is None and grad_entropy_T is None:
-            return None, None, None, None, None, None
+            return None, None, None, None, None, None, None, None
         zeros_T = torch.zeros_like(lse_T)
         grad_logprobs_T = zeros_T if grad_logprobs_T is None else grad_logprobs_T
         grad_TV = torch.empty_like(logits_TV)
         grad_TV[:, ctx.num_valid :] = 0.0
         if ctx.num_valid:
             for rows in _row_chunks(logits_TV):
-                logp_RV = _scaled(logits_TV[rows, : ctx.num_valid], lse_T.dtype, ctx.temperature) - lse_T[rows, None]
+                z_RV = _scaled(logits_TV[rows, : ctx.num_valid], lse_T.dtype, ctx.temperature)
+                logp_RV = _allowed_only(z_RV, rows, ctx.allowed_SV, ctx.allowed_ids_T) - lse_T[rows, None]
                 if grad_entropy_T is None:
                     grad_RV = logp_RV.exp_().mul_(-grad_logprobs_T[rows, None])
                 else:
@@ -118,13 +136,17 @@ class _LogprobsAndEntropy(torch.autograd.Function):
                 label_grad_R = grad_logprobs_T[rows].masked_fill(~is_mine_T[rows], 0.0)
                 grad_RV.scatter_add_(1, column_T[rows, None], label_grad_R[:, None])
                 grad_TV[rows, : ctx.num_valid] = grad_RV if ctx.temperature == 1.0 else grad_RV.div_(ctx.temperature)
-        return grad_TV, None, None, None, None, None
+        return grad_TV, None, None, None, None, None, None, None
 
 
 def _scaled(logits_RV: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
     """The logits themselves, not a copy, where there is nothing to do: not to be changed in place."""
     logits_RV = logits_RV.to(dtype)
     return logits_RV if temperature == 1.0 else logits_RV / temperature
+
+
+def _allowed_only(z_RV: Tensor, rows: slice, allowed_SV: Tensor | None, allowed_ids_T: Tensor | None) -> Tensor:
+    return z_RV if allowed_SV is None else z_RV.masked_fill(~allowed_SV[allowed_ids_T[rows]], FORBIDDEN)
 
 
 def _row_chunks(logits_TV: Tensor) -> Iterator[slice]:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from megatron_rema.reward.answers import last_box
-from megatron_rema.types import Episode, EpisodeStatus, Role, Turn, Verdict
+from megatron_rema.types import Action, Episode, EpisodeStatus, Role, Turn, Verdict
 
 NGRAM = 4
 
@@ -54,11 +54,12 @@ def repetition(text: str) -> float | None:
     return 1 - len(set(grams)) / len(grams) if grams else None
 
 
-def behaviour_metrics(episodes: Sequence[Episode], finish_marker: str | None) -> dict[str, float]:
+def behaviour_metrics(episodes: Sequence[Episode], finish_marker: str | None, *, json_actions: bool = False) -> dict[str, float]:
     """All counters, as ``behaviour/...`` metrics.
 
     Over episodes: end/*, finish_round*, meta_thinking/leak_*, reasoning/marker_rate (an end, a round, a leak, a marker in it).
     Over messages of the role: empty_rate, copy_ratio (against the partner's message just heard), repetition, tokens_per_turn.
+    Over messages of the meta-thinker, with ``json_actions``: action_*_frac (invalid: cut before the action was whole), which sum to 1.
     """
     metrics: dict[str, float] = {}
 
@@ -87,6 +88,11 @@ def behaviour_metrics(episodes: Sequence[Episode], finish_marker: str | None) ->
     if finish_marker is not None:
         answered = [e for e in planned if e.turns_of(Role.REASONING)]
         mean("reasoning/marker_rate", [any(finish_marker in t.text for t in e.turns_of(Role.REASONING)) for e in answered])
+
+    if json_actions:
+        actions = [turn.action for e in planned for turn in e.turns_of(Role.META_THINKING)]
+        for action in (*Action, None):
+            mean(f"action_{'invalid' if action is None else action.lower()}_frac", [said is action for said in actions])
 
     for role in Role:
         turns = [turn for e in episodes for turn in e.turns_of(role)]

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from megatron_rema.rollout.actions import action_regex, parse_action
 from megatron_rema.rollout.chat import ChatFormat
 from megatron_rema.types import Completion, Role, Turn
 
@@ -33,6 +34,7 @@ class DialogueRules:
     top_p: float = 1.0
     end_on_truncated_turn: bool = True  # False: only a truncated last turn spoils the episode
     samples_per_plan: int = 1  # consecutive episodes of a prompt that answer one and the same first plan
+    json_actions: bool = False  # the meta-thinker's messages are JSON actions, sampled under their grammar: see actions.py
 
     def __post_init__(self) -> None:
         if self.roles not in (TWO_ROLES, ONE_ROLE):
@@ -44,6 +46,8 @@ class DialogueRules:
             raise ValueError(f"finish_marker must hold text, got {self.finish_marker!r}; None plays max_rounds rounds without a marker.")
         if self.samples_per_plan > 1 and self.roles != TWO_ROLES:
             raise ValueError(f"samples_per_plan is {self.samples_per_plan} where nobody plans: it needs both roles; set it to 1.")
+        if self.json_actions and self.roles != TWO_ROLES:
+            raise ValueError("json_actions are messages of the meta-thinker, who does not speak here: give both roles or turn it off.")
         missing = [name for name in ("question", "instruction") if f"{{{name}}}" not in self.reasoner_template]
         if missing:
             raise ValueError(f"reasoner_template must hold {{{missing[0]}}}, got {self.reasoner_template!r}.")
@@ -52,6 +56,10 @@ class DialogueRules:
 
     def policy_for(self, role: Role) -> str:
         return self.policy_of_role.get(role, "policy")
+
+    def regex_for(self, role: Role) -> str | None:
+        """What the role's turns must match, up to their stop token."""
+        return action_regex(self.finish_marker) if self.json_actions and role is Role.META_THINKING else None
 
     def says_finish(self, text: str) -> bool:
         return self.finish_marker is not None and self.finish_marker in text
@@ -73,7 +81,8 @@ def chat_of(chats: Chats, role: Role) -> ChatFormat:
 class Dialogue:
     """One dialogue in progress. The same for sampled turns (RL) and written ones (cold start), so both see the same tokens.
 
-    What a role says is decoded with its own tokenizer and reaches the other as text, encoded with the hearer's.
+    What a role says is decoded with its own tokenizer and reaches the other as text, encoded with the hearer's; of a JSON action only
+    its output does. The speaker's own view keeps the sampled tokens.
     """
 
     def __init__(self, chats: Chats, rules: DialogueRules, question: str):
@@ -105,8 +114,10 @@ class Dialogue:
     def add(self, completion: Completion) -> Turn:
         """The next speaker said this."""
         role, prompt = self.next_role, self.prompt()
-        text = chat_of(self._chats, role).text_of(completion.token_ids)
-        turn = Turn(role, self.round_index, self._context, completion, text)
+        text, action = chat_of(self._chats, role).text_of(completion.token_ids), None
+        if self._rules.regex_for(role) is not None:
+            action, text = parse_action(text, self._rules.finish_marker) or (None, text)
+        turn = Turn(role, self.round_index, self._context, completion, text, action)
         self._views[role] = prompt + completion.token_ids
         self.turns.append(turn)
         self._context = None

@@ -128,6 +128,8 @@ class TurnScheduler:
         if is_cut and rules.end_on_truncated_turn:
             return EpisodeStatus.TRUNCATED
         if turn.role is Role.META_THINKING:
+            if rules.json_actions and turn.action is None:
+                return EpisodeStatus.TRUNCATED  # the grammar lets no other invalid message through than one that was cut
             return EpisodeStatus.RUNNING  # the reasoner answers every message, one with the finish marker too
         if Role.META_THINKING not in rules.roles or rules.says_finish(episode.turns[-2].text):
             end = EpisodeStatus.FINISHED
@@ -159,6 +161,7 @@ class TurnScheduler:
             temperature=rules.temperature,
             top_p=rules.top_p,
             stop_token_ids=self._stop_token_ids[role],
+            regex=rules.regex_for(role),
         )
         self._in_flight[request.request_id] = (episode, dialogue)
         self._to_submit.append(request)

@@ -34,7 +34,8 @@ def traces_of_dialogue(
 ) -> list[Trace]:
     """Traces of a WRITTEN dialogue (cold start): each text and its end token count as sampled; the contexts are those of RL.
 
-    Raises ValueError when the speakers are not those that ``rules`` ask for, in turn. Log-probabilities are 0.0.
+    Raises ValueError when the speakers are not those that ``rules`` ask for, in turn, and for a message that is not the JSON action
+    which they ask for. Log-probabilities are 0.0.
     """
     dialogue = Dialogue(chat, rules, question)
     for number, (role, text) in enumerate(turns):
@@ -42,7 +43,12 @@ def traces_of_dialogue(
             expected = str(dialogue.next_role)
             raise ValueError(f"turns[{number}].role is {str(role)!r} where {expected!r} speaks: turns must alternate by rules.roles.")
         ids = chat_of(chat, role).encode_message(text)
-        dialogue.add(Completion(f"{episode_id}/{number}", ids, (0.0,) * len(ids), StopReason.STOP, weight_version=0))
+        turn = dialogue.add(Completion(f"{episode_id}/{number}", ids, (0.0,) * len(ids), StopReason.STOP, weight_version=0))
+        if rules.regex_for(role) is not None and turn.action is None:
+            raise ValueError(
+                f"dialogue {episode_id!r}: turns[{number}].text is {text!r}, not a JSON action; with task.json_actions=true "
+                'a meta-thinker writes {"action": "DECOMPOSE", "output": "..."}, REWRITE, or EMPTY with an empty output, spaced like this.'
+            )
     spoken = {role: [turn for turn in dialogue.turns if turn.role is role] for role in rules.roles}
     return [_trace(episode_id, role, own, (), ()) for role, own in spoken.items() if own]
 

@@ -78,6 +78,7 @@ def dialogue_rules(config: RunConfig) -> DialogueRules:
         samples_per_plan=rollout.samples_per_plan,
         roles=config.roles,
         finish_marker=task.finish_marker,
+        json_actions=task.json_actions,
         system_prompts=task.system_prompts,
         policy_of_role=config.policy_of_role,
         reasoner_template=task.reasoner_template,
@@ -204,8 +205,9 @@ def build_engines(config: RunConfig, *, max_num_seqs: int | None = None) -> dict
             block_size=engine.block_size,
             kv_cache_gib=engine.kv_cache_mib / 1024,
             seed=config.seed,
+            constrained=config.task.json_actions and Role.META_THINKING in policy.roles,
         )
-        for name in config.agents.policies
+        for name, policy in config.agents.policies.items()
     }
 
 

@@ -87,7 +87,24 @@ def pack(traces: Sequence[Trace], length: int, columns: Mapping[str, Sequence[to
         advantages=torch.tensor(advantages + [0.0] * rest),
     )
     padded = {name: torch.cat([*pieces, torch.zeros(rest)]) for name, pieces in (columns or {}).items()}
-    return replace(batch, **padded)
+    return replace(batch, **_allowed(traces, length), **padded)
+
+
+def _allowed(traces: Sequence[Trace], length: int) -> dict[str, torch.Tensor]:
+    """``allowed_sets`` and ``allowed_ids`` of a batch; nothing where no trace is constrained. Set 0 is the whole vocabulary."""
+    numbers: dict[bytes | None, int] = {None: 0}
+    ids: list[int] = []
+    for trace in traces:
+        labels = trace.allowed[1:] or [None] * (len(trace.token_ids) - 1)
+        ids += [numbers.setdefault(token_set, len(numbers)) for token_set in labels]
+    if len(numbers) == 1:
+        return {}
+    num_bytes = len(next(token_set for token_set in numbers if token_set))
+    sets = b"".join(b"\xff" * num_bytes if token_set is None else token_set for token_set in numbers)
+    return {
+        "allowed_sets": torch.frombuffer(bytearray(sets), dtype=torch.int32).view(len(numbers), -1),
+        "allowed_ids": torch.tensor(ids + [0] * (length - len(ids))),
+    }
 
 
 def plan_for(traces: Sequence[Trace], *, microbatch_tokens: int, groups: Groups) -> tuple[Plan, int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_rema.architecture import Architecture
 from megatron_rema.config import ConfigError, RunConfig, check_file, check_run_dir
+from megatron_rema.engine.grammar import require_xgrammar
 from megatron_rema.rollout.dataset import WrittenDialogue, WrittenPair, read_dialogues, read_pairs, read_prompts
 from megatron_rema.types import Prompt, Role
 
@@ -28,6 +29,8 @@ class Inputs:
 def read_for_training(config: RunConfig) -> Inputs:
     """Inputs of ``train``. Raises ValueError naming field, value, rule and remedy."""
     check_run_dir(config.run_dir, config.resume, config.resume_from)
+    if config.task.json_actions:
+        require_xgrammar()
     architectures = _architectures(config)
     check_file("task.train_file", config.task.train_file)
     return Inputs(
@@ -49,6 +52,8 @@ def read_for_cold_start(config: RunConfig) -> Inputs:
 def read_for_evaluation(config: RunConfig) -> Inputs:
     """Inputs of ``evaluate``."""
     check_run_dir(config.run_dir, config.resume, config.resume_from)
+    if config.task.json_actions:
+        require_xgrammar()
     return Inputs(_architectures(config), evaluation_sets=_evaluation_sets(config))
 
 

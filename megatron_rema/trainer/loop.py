@@ -40,6 +40,7 @@ from megatron_rema.trainer.cast import (
     trained,
 )
 from megatron_rema.trainer.collect import play_everywhere
+from megatron_rema.trainer.constraint import Constrain, constraint_of
 from megatron_rema.trainer.credit import (
     assign_advantages,
     chosen_for_training,
@@ -79,6 +80,7 @@ class Study:
     reward_model: ParallelModel | None
     engines: dict[str, Engine]
     rules: DialogueRules
+    constrain: Constrain
     chat: Chats
     stream: PromptStream
     sets: dict[str, list[Prompt]]
@@ -91,7 +93,8 @@ class Study:
 
 def train(config: RunConfig, inputs: Inputs) -> None:
     """The ``train`` front door, its inputs read."""
-    chat = chat_formats(config)
+    chat, rules = chat_formats(config), dialogue_rules(config)
+    constrain = constraint_of(config, rules, chat, {name: arch.vocab_size for name, arch in inputs.architectures.items()})
     with process_group():
         first = dist.get_rank() == 0
         dist.barrier()  # every rank has looked at run_dir before rank 0 makes it
@@ -117,7 +120,8 @@ def train(config: RunConfig, inputs: Inputs) -> None:
                 policies=policies,
                 reward_model=reward_model,
                 engines=engines,
-                rules=dialogue_rules(config),
+                rules=rules,
+                constrain=constrain,
                 chat=chat,
                 stream=PromptStream(inputs.prompts, config.seed),
                 sets=inputs.evaluation_sets or {},
@@ -190,7 +194,7 @@ def step(study: Study) -> dict[str, float]:
         study.folder.episodes(position.step, (episode.to_json() for episode in episodes))
     sampled = sampled_tokens(episodes)
     metrics |= reward_metrics(assigned, judgements) | model_metrics
-    metrics |= behaviour_metrics(episodes, config.task.finish_marker)
+    metrics |= behaviour_metrics(episodes, config.task.finish_marker, json_actions=config.task.json_actions)
     metrics |= {name: reporter.seconds.get(phase, 0.0) for phase, name in _PHASES.items()}
     metrics |= {
         "rollout/episodes": len(episodes),
@@ -266,7 +270,7 @@ def train_policy(study: Study, policy: Policy, episodes: Sequence[Episode]) -> d
     """Optimizer steps of one policy, and of its critic, on its roles' traces. With several policies, metric names carry the policy's."""
     config, reporter = study.config, study.reporter
     parts = [
-        [t for e in part for t in traces_of(e) if t.role in policy.roles]
+        [study.constrain(t) for e in part for t in traces_of(e) if t.role in policy.roles]
         for part in minibatches(episodes, config.trainer.minibatches_per_step)
     ]
     kept = [[trace for trace in part if is_trainable(trace)] for part in parts]

@@ -31,6 +31,8 @@ def label_logprobs(model: ParallelModel, traces: Sequence[Trace], *, temperature
             temperature=temperature,
             with_entropy=False,
             vocab_size=model.arch.vocab_size,
+            allowed_sets_SW=batch.allowed_sets,
+            allowed_ids_T=batch.allowed_ids,
         )
         return logprobs_T[:, None]
 

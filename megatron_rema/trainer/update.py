@@ -39,6 +39,8 @@ def update_policy(
             temperature=temperature,
             with_entropy=True,
             vocab_size=model.arch.vocab_size,
+            allowed_sets_SW=batch.allowed_sets,
+            allowed_ids_T=batch.allowed_ids,
         )
         old_logprobs_T = logprobs_T.detach() if batch.old_logprobs is None else batch.old_logprobs
         total, stats = policy_loss(
