@@ -40,4 +40,4 @@ def parse_action(text: str, finish_marker: str | None) -> tuple[Action, str] | N
 
 
 def _literal(text: str) -> str:
-    return re.sub(r"[^\w\s]", lambda match: "\\" + match[0], text)
+    return re.sub(r"[\\.^$*+?()\[\]{}|]", lambda match: "\\" + match[0], text)  # re.escape escapes spaces too, which xgrammar does not read

@@ -37,6 +37,48 @@ def on_one_rank(width, vocab_size, dtype):
     return logprobs_T.tolist(), entropy_T.tolist(), local_TV.grad.tolist(), str(local_TV.grad.dtype)
 
 
+def constrained_on_one_rank(width, vocab_size):
+    """As on_one_rank, under two sets: every third token and the labels; the last shard's labels alone."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    logits_TV, labels_T = whole(12, width, vocab_size, torch.float32)
+    local_TV = logits_TV.chunk(size, -1)[rank].clone().requires_grad_()
+    sets_SW, ids_T = sets_of(labels_T, vocab_size)[1:]
+    logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(
+        local_TV, labels_T, dist.group.WORLD, temperature=0.7, with_entropy=True, vocab_size=vocab_size, allowed_sets_SW=sets_SW,
+        allowed_ids_T=ids_T,
+    )  # fmt: skip
+    ((logprobs_T * torch.linspace(-2, 3, 12)).sum() + (entropy_T * torch.linspace(1, -4, 12)).sum()).backward()
+    return logprobs_T.tolist(), entropy_T.tolist(), local_TV.grad.tolist()
+
+
+def sets_of(labels_T, vocab_size):
+    """([S, V] bool, the same in [S, 2] int32 words, [T] set of each position)."""
+    allowed_SV = torch.zeros(2, vocab_size, dtype=torch.bool)
+    allowed_SV[0, ::3] = True
+    allowed_SV[:, labels_T[6:]] = True  # set 1 lies in the upper half: the first of two shards has no token of it
+    allowed_SV[0, labels_T] = True
+    words_S = [sum(1 << v for v in row.nonzero()[:, 0].tolist()) for row in allowed_SV]
+    sets_SW = torch.frombuffer(bytearray(b"".join(word.to_bytes(8, "little") for word in words_S)), dtype=torch.int32).view(2, 2)
+    return allowed_SV, sets_SW, torch.arange(12) // 6
+
+
+@pytest.mark.parametrize("vocab_size", [40, 22])
+@pytest.mark.parametrize("world", [1, 2])
+def test_allowed_sets_are_the_same_however_the_vocabulary_is_cut(run_ranks, world, vocab_size):
+    results = run_ranks(world, constrained_on_one_rank, 40, vocab_size)
+    logits_TV, labels_T = whole(12, 40, vocab_size, torch.float32)
+    allowed_SV, _, ids_T = sets_of(labels_T, vocab_size)
+    leaf_TV = logits_TV.double().requires_grad_()
+    logp_TV = (leaf_TV[:, :vocab_size] / 0.7).masked_fill(~allowed_SV[ids_T], float("-inf")).log_softmax(-1)
+    logprobs_T = logp_TV.gather(1, labels_T[:, None])[:, 0]
+    entropy_T = -(logp_TV.exp() * logp_TV.masked_fill(~allowed_SV[ids_T], 0.0)).sum(-1)
+    ((logprobs_T * torch.linspace(-2, 3, 12)).sum() + (entropy_T * torch.linspace(1, -4, 12)).sum()).backward()
+    assert_close(results[0][0], logprobs_T.detach(), atol=5e-6)
+    assert_close(results[0][1], entropy_T.detach(), atol=5e-6)
+    assert_close(torch.cat([torch.tensor(rank[2], dtype=torch.float64) for rank in results], -1), leaf_TV.grad, atol=2e-5)
+    assert all(rank[:2] == results[0][:2] for rank in results)
+
+
 def assert_close(ours, theirs, atol):
     torch.testing.assert_close(torch.as_tensor(ours, dtype=torch.float64), theirs, atol=atol, rtol=0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_rema.types import Episode, Role
+from megatron_rema.types import Episode, Role, StopReason
 from tests.system.test_training import rows, run
 from tests.tiny_models import save_tiny_model
 from tests.tiny_task import save_tiny_task
@@ -102,6 +103,52 @@ def test_agents_may_have_different_models_and_tokenizers(task, tmp_path):
     assert any(e.score.get("correct") for e in episodes), "the reasoner understands what the meta-thinker says"
     assert all(math.isfinite(row[f"train/{name}/loss"]) for row in metrics for name in ("meta_thinker", "reasoner"))
     assert max(row[f"sync/{name}/logprob_gap_max"] for row in metrics for name in ("meta_thinker", "reasoner")) < 1e-3
+
+
+@pytest.fixture(scope="module")
+def json_task(tmp_path_factory) -> list[str]:
+    """The tiny task whose meta-thinker speaks in JSON actions, cold-started on each action in turn."""
+    folder = tmp_path_factory.mktemp("json")
+    overrides = save_tiny_task(folder) + ["task.json_actions=true", "rollout.max_turn_tokens=80", "rollout.max_context_tokens=400"]
+    dialogues = rows(folder / "dialogues.jsonl")
+    spoken = (("DECOMPOSE", "add [FINISH]"), ("REWRITE", "sum [FINISH]"), ("EMPTY", "[FINISH]"))
+    for number, dialogue in enumerate(dialogues):
+        dialogue["turns"][0]["text"] = json.dumps(dict(zip(("action", "output"), spoken[number % 3], strict=True)))
+    (folder / "dialogues.jsonl").write_text("".join(json.dumps(dialogue) + "\n" for dialogue in dialogues))
+    run("sft", 1, *overrides, f"run_dir={folder}/sft", "trainer.steps=40", "trainer.global_batch_dialogues=36", "optimizer.lr=0.002")
+    common = [f"model.path={folder}/sft/hf/shared", "trainer.steps=2", "trainer.evaluation_problems=2", "trainer.save_hf=false"]
+    return [o for o in overrides if not o.startswith("model.path=")] + common
+
+
+JSON_VARIANTS = {
+    # tensor 2 cuts the vocabulary that the grammar speaks of; two updates a rollout and a reference ask for scored log-probabilities
+    "multi_turn": (
+        2,
+        ["parallel.actor.tensor=2", "trainer.minibatches_per_step=2", "algorithm.kl_coef=0.01", "algorithm.entropy_coef=0.01"],
+    ),
+    "single_turn": (1, [*SINGLE_TURN, "rollout.samples_per_plan=2", "agents=separate", "engine.name=transformers"]),
+}
+
+
+@pytest.mark.parametrize("variant", JSON_VARIANTS)
+def test_json_actions_are_sampled_and_trained_under_their_grammar(json_task, tmp_path, variant):
+    ranks, settings = JSON_VARIANTS[variant]
+    metrics, episodes = two_steps(tmp_path, *json_task, *settings, ranks=ranks)
+    for row in metrics:
+        shares = [row[f"behaviour/action_{name}_frac"] for name in ("decompose", "rewrite", "empty", "invalid")]
+        assert sum(shares) == pytest.approx(1) and max(shares[:3]) > 0
+        gaps = [value for name, value in row.items() if name.endswith("logprob_gap_max")]
+        assert gaps and max(gaps) < 1e-3  # nats: engine and trainer speak of the distribution under the grammar, whose steps are nats apart
+    turns = [turn for e in episodes for turn in e.turns if turn.role is Role.META_THINKING]
+    assert all(turn.action is not None for turn in turns if turn.completion.stop_reason is StopReason.STOP)
+    forced = sum(logprob == 0.0 for turn in turns for logprob in turn.completion.logprobs)
+    assert forced > 10 * len(turns), "the skeleton of an action has probability 1"
+    chat = tiny_tokenizer("chatml")
+    for e in episodes:
+        for turn, answer in zip(e.turns, e.turns[1:], strict=False):
+            if turn.role is Role.META_THINKING:
+                assert turn.text in chat.decode(answer.context_token_ids) and "action" not in chat.decode(answer.context_token_ids)
+    assert any(e.score.get("correct") for e in episodes)
 
 
 def test_a_policy_without_a_trace_is_not_updated_and_the_run_goes_on(task, tmp_path):

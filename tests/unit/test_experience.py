@@ -51,6 +51,16 @@ def test_a_batch_of_padding_alone_is_whole():
     assert batch.cu_seqlens.tolist() == [0, 128, 256, 300] and not batch.loss_mask.any()
 
 
+def test_allowed_sets_are_packed_once_each_and_free_positions_allow_everything():
+    # 40 tokens, 2 words of 4 bytes: {20} = bit 20 of word 0, {21, 33} = bit 21 of word 0 and bit 1 of word 1
+    only_20, two = (1 << 20).to_bytes(8, "little"), (1 << 21 | 1 << 33).to_bytes(8, "little")
+    constrained = replace(TRACE, allowed=(None, None, only_20, two, None, only_20))
+    batch = pack([TRACE, constrained], 12)
+    assert batch.allowed_sets.tolist() == [[-1, -1], [1 << 20, 0], [1 << 21, 1 << 1]]
+    assert batch.allowed_ids.tolist() == [0] * 5 + [0, 1, 2, 0, 1] + [0] * 2
+    assert pack([TRACE], 5).allowed_sets is None and pack([], 4).allowed_ids is None
+
+
 def test_traces_that_do_not_fit_are_an_error_with_the_arithmetic():
     with pytest.raises(ValueError, match="2 traces need 10 positions, the batch has 9"):
         pack([TRACE, TRACE], 9)

@@ -76,6 +76,7 @@ BAD_INPUT = {  # name: (overrides, environment, what the message must hold)
     "group of one": (["rollout.episodes_per_prompt=1"], {}, ["rollout.episodes_per_prompt", "at least 2"]),
     "role without a policy": (["~agents.policies.shared", "+agents.policies.a={roles:[meta_thinking]}"], {}, ["no policy", "reasoning"]),
     "microbatch below the context": (["trainer.microbatch_tokens=100"], {}, ["microbatch_tokens (100)", "max_context_tokens (256)"]),
+    "actions that nobody takes": (["agents=single", "task.json_actions=true"], {}, ["task.json_actions", "meta_thinking"]),
     "k1 as a loss": (["algorithm.kl_coef=0.1", "algorithm.kl_estimator=k1"], {}, ["algorithm.kl_estimator", "k1"]),
 }  # fmt: skip
 
@@ -145,7 +146,7 @@ def test_every_experiment_composes_and_obeys_the_rules_between_fields():
     from megatron_rema.config import check, load
     from megatron_rema.front_door import config_dir
 
-    assert {"quickstart", "arith_ppo", "rema_math", "rema_single_turn", "vrp_math", "mrp_math"} <= set(EXPERIMENTS)
+    assert {"quickstart", "arith_ppo", "rema_math", "rema_single_turn", "rema_json_actions", "vrp_math", "mrp_math"} <= set(EXPERIMENTS)
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         for name in EXPERIMENTS:
             config = load(compose("config", overrides=[f"experiment={name}", "task.train_file=train.jsonl"]))

@@ -1,11 +1,13 @@
 """Verdict and status -> turn rewards per role; behaviour counters on dialogues small enough to count by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_rema.reward.assign import assign, reward_metrics
 from megatron_rema.reward.behaviour import behaviour_metrics, copy_ratio, leak_round, leaks_first, repetition, states_answer
 from megatron_rema.reward.math_verifier import Judgement
-from megatron_rema.types import Completion, Episode, EpisodeStatus, Prompt, Role, StopReason, Turn, Verdict
+from megatron_rema.types import Action, Completion, Episode, EpisodeStatus, Prompt, Role, StopReason, Turn, Verdict
 
 META, REASONING = Role.META_THINKING, Role.REASONING
 FINISHED, MAX_ROUNDS, TRUNCATED = EpisodeStatus.FINISHED, EpisodeStatus.MAX_ROUNDS, EpisodeStatus.TRUNCATED
@@ -168,6 +170,21 @@ def test_behaviour_metrics_by_hand():
     }
     for name, value in expected.items():
         assert metrics[f"behaviour/{name}"] == pytest.approx(value), name
+
+
+def test_the_share_of_every_action_is_counted_over_the_meta_thinkers_messages():
+    episodes = [episode("1", "a", "b", "", "c"), episode("2", "", "c"), episode("3", '{"action": "REW', status=TRUNCATED)]
+    actions = iter((Action.DECOMPOSE, Action.EMPTY, Action.EMPTY, None))
+    for one in episodes:
+        one.turns = [replace(turn, action=next(actions)) if turn.role is META else turn for turn in one.turns]
+    metrics = behaviour_metrics(episodes, None, json_actions=True)
+    assert {name: value for name, value in metrics.items() if "action" in name} == {
+        "behaviour/action_decompose_frac": 1 / 4,
+        "behaviour/action_rewrite_frac": 0.0,  # an action that nobody takes is a zero, not a hole
+        "behaviour/action_empty_frac": 2 / 4,
+        "behaviour/action_invalid_frac": 1 / 4,
+    }
+    assert not any("action" in name for name in behaviour_metrics(episodes, None))
 
 
 def test_behaviour_of_nothing_and_of_one_role_leaves_rates_out():

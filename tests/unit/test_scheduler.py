@@ -6,12 +6,13 @@ import json
 import pytest
 
 from megatron_rema.engine.scripted import ScriptedEngine
+from megatron_rema.rollout.actions import action_regex
 from megatron_rema.rollout.chat import ChatFormat
 from megatron_rema.rollout.dialogue import DialogueRules
 from megatron_rema.rollout.runner import play
 from megatron_rema.rollout.scheduler import TurnScheduler, starts_of, turn_seed
 from megatron_rema.rollout.traces import traces_of, traces_of_dialogue
-from megatron_rema.types import Completion, Episode, EpisodeStatus, Prompt, Role, StopReason, TurnRequest
+from megatron_rema.types import Action, Completion, Episode, EpisodeStatus, Prompt, Role, StopReason, TurnRequest
 from tests.unit.tiny_tokenizer import tiny_tokenizer
 
 CHAT = ChatFormat(tiny_tokenizer("chatml"))
@@ -326,3 +327,56 @@ def test_agents_with_different_tokenizers_hear_each_other_as_text():
     written = [(turn.role, turn.text) for turn in play_one.episodes[0].turns]
     for ours, theirs in zip(traces_of(play_one.episodes[0]), traces_of_dialogue(chats, rules(), PROMPT.question, written), strict=True):
         assert ours.token_ids == theirs.token_ids and ours.turn_ids == theirs.turn_ids
+
+
+def action(word: str, output: str = "") -> str:
+    return json.dumps({"action": word, "output": output})
+
+
+def test_the_meta_thinker_of_json_actions_is_asked_under_their_grammar_and_nobody_else():
+    _, requests = talk(rules(json_actions=True), action("REWRITE", "Add 2 and 3."), "It is 5.", action("EMPTY", "[FINISH]"), "5")
+    assert [r.regex for r in requests] == [action_regex("[FINISH]"), None] * 2
+    _, plain = talk(rules(), "Add.", "5")
+    assert [r.regex for r in plain] == [None] * 3
+
+
+def test_the_reasoner_hears_the_output_of_an_action_and_the_meta_thinker_keeps_its_tokens():
+    messages = action("DECOMPOSE", 'first "add",\nthen check'), "It is 5.", action("EMPTY"), "Still 5."
+    episode, requests = talk(rules(json_actions=True), *messages)
+    assert [(t.action, t.text) for t in episode.turns] == [
+        (Action.DECOMPOSE, 'first "add",\nthen check'), (None, "It is 5."), (Action.EMPTY, ""), (None, "Still 5."),
+    ]  # fmt: skip
+    assert CHAT.tokenizer.decode(requests[3].token_ids) == (
+        "<|im_start|>system\nYou solve.<|im_end|>\n<|im_start|>user\nQuestion:\nWhat is 2 + 3?\n\n"
+        'Instruction:\nfirst "add",\nthen check<|im_end|>\n'
+        "<|im_start|>assistant\nIt is 5.<|im_end|>\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert CHAT.tokenizer.decode(requests[4].token_ids).count(f"assistant\n{messages[0]}<|im_end|>") == 1
+    assert Episode.from_json(json.loads(json.dumps(episode.to_json()))) == episode
+
+
+def test_an_empty_action_leaves_the_single_turn_reasoner_alone_with_the_problem():
+    episode, requests = talk(rules(json_actions=True, max_rounds=1, finish_marker=None), action("EMPTY"), "5")
+    assert episode.status is EpisodeStatus.FINISHED
+    assert CHAT.tokenizer.decode(requests[1].token_ids).endswith(
+        "Question:\nWhat is 2 + 3?\n\nInstruction:\n<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_an_action_that_finishes_ends_the_dialogue_as_any_message_does():
+    for last in (action("EMPTY", "[FINISH]"), action("REWRITE", "Right. [FINISH]")):
+        episode, _ = talk(rules(json_actions=True), action("EMPTY"), "4", last, "5", "never said")
+        assert episode.status is EpisodeStatus.FINISHED and len(episode.turns) == 4
+
+
+@pytest.mark.parametrize("lenient", [False, True])
+def test_an_action_that_was_cut_ends_the_episode_truncated_even_where_cut_turns_may_go_on(lenient):
+    the_rules = rules(json_actions=True, end_on_truncated_turn=not lenient)
+    episode, _ = talk(the_rules, (action("REWRITE", "Add")[:-2], StopReason.LENGTH), "never said")
+    assert episode.status is EpisodeStatus.TRUNCATED
+    assert (episode.turns[0].action, episode.turns[0].text) == (None, '{"action": "REWRITE", "output": "Add')
+
+
+def test_json_actions_need_a_meta_thinker():
+    with pytest.raises(ValueError, match="json_actions are messages of the meta-thinker"):
+        rules(json_actions=True, roles=(REASONING,))

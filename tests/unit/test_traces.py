@@ -109,6 +109,16 @@ def test_a_written_dialogue_with_the_wrong_speaker_is_an_error():
     assert trace.role is REASONING
 
 
+def test_a_written_message_that_is_no_json_action_is_an_error_where_actions_are_spoken():
+    spoken = rules(json_actions=True)
+    good, bad = '{"action": "REWRITE", "output": "Add."}', '{"action":"REWRITE","output":"Add."}'
+    meta, _ = traces_of_dialogue(CHATS["chatml"], spoken, "2 + 3?", [(META, good), (REASONING, "5")])
+    labels = [token for token, mine in zip(meta.token_ids, meta.loss_mask, strict=True) if mine]
+    assert CHATS["chatml"].text_of(labels) == good
+    with pytest.raises(ValueError, match=r"dialogue '7': turns\[0\]\.text is .* not a JSON action"):
+        traces_of_dialogue(CHATS["chatml"], spoken, "2 + 3?", [(META, bad), (REASONING, "5")], episode_id="7")
+
+
 def test_rewards_and_advantages_travel_with_their_role():
     chat = CHATS["chatml"]
     scheduler = TurnScheduler([(Prompt("p", "?", "5"), 0)], rules=rules(max_rounds=1), chat=chat, seed=0, step=0)

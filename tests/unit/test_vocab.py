@@ -65,6 +65,61 @@ def test_gradients_match_finite_differences():
     )
 
 
+def packed(allowed_SV):
+    """[S, V] bool -> [S, W] int32 words, bit by bit."""
+    words_SW = torch.zeros(len(allowed_SV), -(-allowed_SV.shape[1] // 32), dtype=torch.int64)
+    for s, v in allowed_SV.nonzero().tolist():
+        words_SW[s, v // 32] |= 1 << (v % 32)
+    return words_SW.where(words_SW < 2**31, words_SW - 2**32).int()  # bit 31 is the sign
+
+
+def make_constrained(vocab_size):
+    """Sets: everything, about half of the tokens, one token. Positions take them in turn; every label is in its set."""
+    generator = torch.Generator().manual_seed(1)
+    logits_TV, labels_T = make(12, vocab_size + 3, vocab_size)
+    allowed_SV = torch.ones(3, vocab_size, dtype=torch.bool)
+    ids_T = torch.arange(12) % 3
+    allowed_SV[1] = torch.rand(vocab_size, generator=generator) < 0.5
+    allowed_SV[1, labels_T[ids_T == 1]] = True
+    allowed_SV[2] = False
+    allowed_SV[2, labels_T[2]] = True
+    labels_T[ids_T == 2] = labels_T[2].item()
+    return logits_TV, labels_T, allowed_SV, ids_T
+
+
+@pytest.mark.parametrize("vocab_size", [21, 32, 75])  # inside a word, a whole word with its sign bit, over three words
+@pytest.mark.parametrize("rows", [1, 100])
+def test_under_allowed_sets_values_and_gradients_are_those_of_a_softmax_over_the_set(monkeypatch, vocab_size, rows):
+    logits_TV, labels_T, allowed_SV, ids_T = make_constrained(vocab_size)
+    monkeypatch.setattr(vocab, "CHUNK_ELEMENTS", rows * logits_TV.shape[1])
+    ours_TV, theirs_TV = logits_TV.clone().requires_grad_(), logits_TV.double().requires_grad_()
+    logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(
+        ours_TV, labels_T, None, temperature=0.7, with_entropy=True, vocab_size=vocab_size, allowed_sets_SW=packed(allowed_SV),
+        allowed_ids_T=ids_T,
+    )  # fmt: skip
+    logp_TV = (theirs_TV[:, :vocab_size] / 0.7).masked_fill(~allowed_SV[ids_T], float("-inf")).log_softmax(-1)
+    expected_T = logp_TV.gather(1, labels_T[:, None])[:, 0]
+    expected_entropy_T = -(logp_TV.exp() * logp_TV.masked_fill(~allowed_SV[ids_T], 0.0)).sum(-1)
+    torch.testing.assert_close(logprobs_T.double(), expected_T, atol=5e-6, rtol=0)
+    torch.testing.assert_close(entropy_T.double(), expected_entropy_T, atol=5e-6, rtol=0)
+    g_T, h_T = torch.linspace(-2, 3, 12), torch.linspace(1, -4, 12)
+    (logprobs_T * g_T + entropy_T * h_T).sum().backward()
+    (expected_T * g_T + expected_entropy_T * h_T).sum().backward()
+    torch.testing.assert_close(ours_TV.grad.double(), theirs_TV.grad, atol=2e-5, rtol=0)
+    forced_T = ids_T == 2
+    assert (logprobs_T[forced_T] == 0.0).all() and (ours_TV.grad[forced_T] == 0.0).all()  # no choice: nothing to learn
+    assert (ours_TV.grad[:, :vocab_size][~allowed_SV[ids_T]] == 0.0).all()
+
+
+def test_a_label_outside_its_set_stands_out():
+    logits_TV, labels_T, allowed_SV, ids_T = make_constrained(21)
+    allowed_SV[1, labels_T[1]] = False
+    logprobs_T, _ = vocab_parallel_logprobs_and_entropy(
+        logits_TV, labels_T, None, vocab_size=21, allowed_sets_SW=packed(allowed_SV), allowed_ids_T=ids_T
+    )
+    assert logprobs_T[1] < -1e29 and torch.isfinite(logprobs_T).all()
+
+
 def test_without_entropy_there_is_none_and_the_logprob_gradient_is_the_same():
     logits_TV, labels_T = make()
     grads = []
