@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rema.report.run_folder import Run, Series, read_run
-from megatron_rema.types import EpisodeStatus, Role
+from megatron_rema.types import Action, EpisodeStatus, Role
 
 Panel = Callable[[Any], None]
 
@@ -71,10 +71,12 @@ def _dialogue(run: Run) -> list[Panel | None]:
     ends = {str(s): _first(run, f"status/{s}_frac", f"behaviour/end/{s}_frac") for s in END_COLORS}
     tokens = run.series_by_owner("behaviour/tokens_per_turn")
     turns = _first(run, "rollout/turns_per_episode", "behaviour/turns_per_episode")
+    actions = {name: run.series(f"behaviour/action_{name}_frac") for name in (*map(str.lower, Action), "invalid")}
     return [
         _lines("turns per episode", "turns", {"": turns}),
         _stack("how episodes end", "fraction of episodes", ends, {str(s): color for s, color in END_COLORS.items()}),
         _lines("tokens per turn", "tokens", tokens, colors={str(role): color for role, color in ROLE_COLORS.items()}),
+        _stack("what the meta-thinker asks for", "fraction of its messages", actions, {}),
     ]
 
 

@@ -138,7 +138,7 @@ def episode_html(step: int, episode: Episode, shader: Shader) -> str:
 def _turn_html(episode: Episode, index: int, shader: Shader) -> str:
     turn = episode.turns[index]
     place = sum(earlier.role is turn.role for earlier in episode.turns[:index])
-    facts = [f"round {turn.round_index + 1}", f"{len(turn.completion.token_ids)} tokens"]
+    facts = [*([turn.action] if turn.action else []), f"round {turn.round_index + 1}", f"{len(turn.completion.token_ids)} tokens"]
     if turn.completion.stop_reason is not StopReason.STOP:
         facts.append(f"ended by {turn.completion.stop_reason}")
     for name, by_role in (("reward", episode.turn_rewards), ("advantage", episode.advantages)):
