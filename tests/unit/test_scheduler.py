@@ -322,7 +322,7 @@ def counterfactual_rules(kind: str, samples: int, **changes) -> DialogueRules:
 
 
 def play_plans(the_rules: DialogueRules, starts: list[tuple[Prompt, int]]) -> tuple[list[Episode], dict[str, TurnRequest], list[Episode]]:
-    """All episodes, the requests by id, and the episodes as they ended. A plan is that of its number in the block, an answer its id in a box."""
+    """All episodes, the requests by id, the episodes as they ended. An episode's plan is that of its number, its answer its id in a box."""
 
     def answer(request: TurnRequest) -> tuple[tuple[int, ...], StopReason]:
         group_index = int(request.request_id.split("/")[2])
