@@ -199,7 +199,7 @@ class CriticConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class OptimizerConfig:
-    """Adam of megatron-core and its schedule. Units: steps are optimizer steps."""
+    """Adam of megatron-core and its schedule. Units: steps are optimizer steps; with trainer.token_budget the schedule runs over tokens."""
 
     lr: NonNegative = 1e-6
     min_lr: NonNegative = 0.0
@@ -217,6 +217,7 @@ class TrainerConfig:
     """Length and rhythm of a run."""
 
     steps: NonNegativeInt = 100  # rollout steps (train) or optimizer steps (sft)
+    token_budget: NonNegativeInt = 0  # > 0: train also ends after the step that has brought the sampled tokens to this number
     minibatches_per_step: Count = 1  # optimizer steps per rollout
     microbatch_tokens: Count = 4096  # packed tokens per forward; at least the longest trace
     global_batch_dialogues: Count = 64  # sft: dialogues per optimizer step
@@ -454,6 +455,11 @@ def _check_budgets(config: RunConfig) -> None:
         raise ConfigError(
             f"rollout.episodes_per_prompt is {rollout.episodes_per_prompt}; algorithm.advantage={config.algorithm.advantage} compares "
             "episodes of one prompt and needs at least 2."
+        )
+    if trainer.token_budget > 0 and config.optimizer.warmup_steps > 0:
+        raise ConfigError(
+            f"optimizer.warmup_steps is {config.optimizer.warmup_steps} with trainer.token_budget {trainer.token_budget}; the schedule "
+            "then runs over sampled tokens and has no warm-up in steps: set warmup_steps=0."
         )
     if rollout.prompts_per_step < trainer.minibatches_per_step:
         raise ConfigError(

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rema.config import RunConfig, as_mapping
+from megatron_rema.config import RunConfig, TrainerConfig, as_mapping
 from megatron_rema.models.policy import ParallelModel
 from megatron_rema.report.page import write_report
 from megatron_rema.reward.assign import assign, counterfactual_metrics, reward_metrics, set_apart
@@ -97,7 +97,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
         dist.barrier()  # every rank has looked at run_dir before rank 0 makes it
         reporter, folder = Reporter(speaks=first), RunFolder(config.run_dir, writes=first)
         explain(config, reporter)
-        total_steps = config.trainer.steps * config.trainer.minibatches_per_step
+        total_steps = config.trainer.token_budget or config.trainer.steps * config.trainer.minibatches_per_step
         layouts = Layouts()
         policies = build_policies(config, inputs.architectures, layouts, total_steps=max(total_steps, 1), with_others=True)
         reward_model = None
@@ -141,11 +141,11 @@ def run(study: Study) -> None:
     if position.step == 0:
         evaluate(study)
     with reporter.run("train", total=trainer.steps, done=position.step):
-        while position.step < trainer.steps:
+        while not is_over(position, trainer):
             metrics = step(study)
             study.folder.metrics(metrics)
             reporter.step_done(position.step, _headline(metrics))
-            last = position.step == trainer.steps
+            last = is_over(position, trainer)
             if last or (trainer.evaluate_every and position.step % trainer.evaluate_every == 0):
                 evaluate(study)
             if last or (trainer.checkpoint_every and position.step % trainer.checkpoint_every == 0):
@@ -153,10 +153,14 @@ def run(study: Study) -> None:
             else:
                 study.checkpoints.finish_pending(wait=False)
     study.checkpoints.finish_pending()
-    if trainer.save_hf and (started < trainer.steps or not (study.folder.path / "hf").exists()):
+    if trainer.save_hf and (started < position.step or not (study.folder.path / "hf").exists()):
         for path in export_hf(study.policies, study.folder.path / "hf"):
             reporter.say(f"policy exported: {path}")
     finish(study)
+
+
+def is_over(position: state.Position, trainer: TrainerConfig) -> bool:
+    return position.step >= trainer.steps or 0 < trainer.token_budget <= position.sampled_tokens
 
 
 def step(study: Study) -> dict[str, float]:
@@ -178,6 +182,8 @@ def step(study: Study) -> dict[str, float]:
             chosen, config.roles, config.algorithm, position.baselines, counterfactuals=counterfactual.scored
         )
 
+    sampled = sampled_tokens(played)
+    position.sampled_tokens += sampled
     metrics: dict[str, float] = {"rollout/prompts_chosen_frac": len(group_by_prompt(chosen)) / len(prompts)}
     for policy in active_policies(study) if chosen else []:
         metrics |= train_policy(study, policy, chosen)
@@ -191,7 +197,6 @@ def step(study: Study) -> dict[str, float]:
 
     if study.folder.writes:
         study.folder.episodes(position.step, (episode.to_json() for episode in played))
-    sampled = sampled_tokens(played)
     episodes = [episode for episode in played if not episode.is_counterfactual]
     metrics |= reward_metrics(assigned, judgements) | model_metrics | counterfactual_metrics(assigned, counterfactual)
     metrics |= behaviour_metrics(episodes, config.task.finish_marker)
@@ -199,6 +204,7 @@ def step(study: Study) -> dict[str, float]:
     metrics |= {
         "rollout/episodes": len(episodes),
         "rollout/sampled_tokens": sampled,
+        "rollout/sampled_tokens_total": position.sampled_tokens,
         "rollout/sampled_tokens_per_s": sampled / reporter.seconds["generate"],
         "rollout/prompts_taken": position.prompts_taken,
     }
@@ -322,14 +328,22 @@ def update(study: Study, policy: Policy, traces: Sequence[Trace], columns: dict[
     """One optimizer step of the policy, one of its critic; the critic alone while it warms up."""
     config = study.config
     shape = {"max_turns": config.rollout.max_rounds, "microbatch_tokens": config.trainer.microbatch_tokens, "columns": columns}
+    at = min(study.position.sampled_tokens, config.trainer.token_budget) if config.trainer.token_budget else None
     metrics: dict[str, float] = {}
     if policy.critic is not None:
         batches = pack_for_rank(traces, aggregation="token", groups=policy.critic.model.groups, **shape)
-        metrics |= update_critic(policy.critic.model, policy.critic.optimizer, batches, value_clip=config.critic.value_clip)
+        metrics |= update_critic(
+            policy.critic.model, policy.critic.optimizer, batches, value_clip=config.critic.value_clip, schedule_position=at
+        )
     if policy.critic is None or study.position.step >= config.critic.warmup_steps:
         batches = pack_for_rank(traces, aggregation=config.algorithm.aggregation, groups=policy.model.groups, **shape)
         metrics |= update_policy(
-            policy.model, policy.optimizer, batches, algorithm=config.algorithm, temperature=config.rollout.temperature
+            policy.model,
+            policy.optimizer,
+            batches,
+            algorithm=config.algorithm,
+            temperature=config.rollout.temperature,
+            schedule_position=at,
         )
     return metrics
 

@@ -92,6 +92,9 @@ BAD_INPUT = {  # name: (overrides, environment, what the message must hold)
     "group of one": (["rollout.episodes_per_prompt=1"], {}, ["rollout.episodes_per_prompt", "at least 2"]),
     "role without a policy": (["~agents.policies.shared", "+agents.policies.a={roles:[meta_thinking]}"], {}, ["no policy", "reasoning"]),
     "microbatch below the context": (["trainer.microbatch_tokens=100"], {}, ["microbatch_tokens (100)", "max_context_tokens (256)"]),
+    "warm-up in steps of a schedule over tokens": (
+        ["trainer.token_budget=1000", "optimizer.warmup_steps=5"], {}, ["optimizer.warmup_steps is 5", "token_budget 1000"],
+    ),
     "k1 as a loss": (["algorithm.kl_coef=0.1", "algorithm.kl_estimator=k1"], {}, ["algorithm.kl_estimator", "k1"]),
 }  # fmt: skip
 
