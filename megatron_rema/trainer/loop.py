@@ -169,6 +169,8 @@ def step(study: Study) -> dict[str, float]:
     begin = time.perf_counter()
     reporter.restart_clock()
     prompts, played, judgements = draw(study)
+    sampled = sampled_tokens(played)
+    position.sampled_tokens += sampled
     for engine in study.engines.values():
         engine.sleep()
     assigned = assign(played, judgements, scheme=config.reward.scheme, mask_unfinished_reward=config.reward.mask_unfinished_reward)
@@ -182,8 +184,6 @@ def step(study: Study) -> dict[str, float]:
             chosen, config.roles, config.algorithm, position.baselines, counterfactuals=counterfactual.scored
         )
 
-    sampled = sampled_tokens(played)
-    position.sampled_tokens += sampled
     metrics: dict[str, float] = {"rollout/prompts_chosen_frac": len(group_by_prompt(chosen)) / len(prompts)}
     for policy in active_policies(study) if chosen else []:
         metrics |= train_policy(study, policy, chosen)
@@ -213,7 +213,7 @@ def step(study: Study) -> dict[str, float]:
 
 
 def sampled_tokens(episodes: Sequence[Episode]) -> int:
-    """A plan that several episodes share was sampled once."""
+    """A plan that several episodes share was sampled once, by the episode that has no ``plan_of`` (as played: credit may name another)."""
     shared = sum(len(episode.turns[0].completion.token_ids) for episode in episodes if episode.plan_of is not None and episode.turns)
     return sum(episode.num_sampled_tokens for episode in episodes) - shared
 
