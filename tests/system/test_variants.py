@@ -151,3 +151,33 @@ def test_a_policy_without_a_trace_is_not_updated_and_the_run_goes_on(task, tmp_p
     assert all("train/meta_thinker/loss" in row and "train/reasoner/loss" not in row for row in metrics)
     alerts = [row for row in rows(tmp_path / "run" / "alerts.jsonl") if row["alert"] == "no_trainable_trace"]
     assert alerts == [{"step": step, "alert": "no_trainable_trace", "policy": "reasoner"} for step in (1, 2)]
+
+
+OBJECTIVES = {  # what shares a ratio: overrides
+    "turn": ["algorithm.ratio_mean=arithmetic", "algorithm.aggregation=episode"],  # the paper's equations 12 and 13
+    "trace": ["algorithm=gspo"],
+    "token": ["algorithm=rloo", "algorithm.ratio_level=token", "algorithm.aggregation=constant"],
+}
+
+
+@pytest.mark.parametrize("level", OBJECTIVES)
+def test_every_ratio_moves_once_a_rollout_has_more_than_one_update(level, task, tmp_path):
+    settings = ["rollout.prompts_per_step=8", "trainer.minibatches_per_step=2", "optimizer.lr=0.001"]
+    metrics, _ = two_steps(tmp_path, *task, *OBJECTIVES[level], *settings)
+    assert all(math.isfinite(row["train/loss"]) and row["train/skipped_updates"] == 0 for row in metrics)
+    first = metrics[0]
+    # the first of the two updates has ratio 1, the second has not: the policy has moved
+    assert first["train/grad_norm"] > 0
+    assert abs(first[f"train/{level}_ratio_mean"] - 1) > 1e-6 and first["train/kl_old_k3_nats"] > 0
+
+
+def test_dr_grpo_compares_with_the_mean_and_divides_by_nothing(task, tmp_path):
+    metrics, episodes = two_steps(tmp_path, *task, "algorithm=dr_grpo")
+    means = {e.prompt.prompt_id: [] for e in episodes}
+    for episode in episodes:
+        means[episode.prompt.prompt_id].append(episode.turn_rewards[Role.REASONING][-1])
+    for episode in episodes:  # R - mean of the prompt, not divided by anything
+        rewards = means[episode.prompt.prompt_id]
+        expected = episode.turn_rewards[Role.REASONING][-1] - sum(rewards) / len(rewards)
+        assert episode.advantages[Role.REASONING] == pytest.approx([expected] * len(episode.advantages[Role.REASONING]))
+    assert all(math.isfinite(row["train/loss"]) for row in metrics)
