@@ -164,6 +164,9 @@ class AlgorithmConfig:
 
     advantage: Literal["grpo", "dr_grpo", "rloo", "ema", "reinforce_plus_plus", "gae"] = "grpo"  # gae builds a critic
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9  # ema: of the running mean of each role's rewards, from step to step
+    # Of the meta-thinker. ablated, swapped: reward with its plan - mean reward of counterfactual answers, whatever ``advantage`` is
+    credit: Literal["outcome", "ablated", "swapped"] = "outcome"
+    counterfactual_samples: Count = 2  # ablated: answers without a plan for each prompt; swapped: answers to others' plans for each episode
     turn_discount: Annotated[float, Field(ge=0, le=1)] = 1.0  # reinforce_plus_plus, gae: from a turn to the role's next one
     turn_lambda: Annotated[float, Field(ge=0, le=1)] = 1.0  # gae: across turns
     discount: Annotated[float, Field(ge=0, le=1)] = 1.0  # gae: inside a turn
@@ -197,7 +200,7 @@ class CriticConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class OptimizerConfig:
-    """Adam of megatron-core and its schedule. Units: steps are optimizer steps."""
+    """Adam of megatron-core and its schedule. Units: steps are optimizer steps; with trainer.token_budget the schedule runs over tokens."""
 
     lr: NonNegative = 1e-6
     min_lr: NonNegative = 0.0
@@ -215,6 +218,7 @@ class TrainerConfig:
     """Length and rhythm of a run."""
 
     steps: NonNegativeInt = 100  # rollout steps (train) or optimizer steps (sft)
+    token_budget: NonNegativeInt = 0  # > 0: train also ends after the step that has brought the sampled tokens to this number
     minibatches_per_step: Count = 1  # optimizer steps per rollout
     microbatch_tokens: Count = 4096  # packed tokens per forward; at least the longest trace
     global_batch_dialogues: Count = 64  # sft: dialogues per optimizer step
@@ -294,6 +298,7 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_layout(config, world_size)
     _check_agents(config)
     _check_objective(config)
+    _check_credit(config)
     _check_plans(config)
     _check_budgets(config)
 
@@ -364,6 +369,42 @@ def _check_objective(config: RunConfig) -> None:
         )
 
 
+def _check_credit(config: RunConfig) -> None:
+    """Counterfactual credit is defined where a plan is all that the meta-thinker says, and one answer all that follows from it."""
+    algorithm, rollout = config.algorithm, config.rollout
+    if algorithm.credit == "outcome":
+        return
+    name = f"algorithm.credit is {algorithm.credit}"
+    if config.roles != tuple(Role):
+        raise ConfigError(f"{name} where nobody plans; it needs both roles: set algorithm.credit=outcome.")
+    if rollout.max_rounds > 1 or config.task.finish_marker is not None:
+        raise ConfigError(
+            f"{name} with rollout.max_rounds {rollout.max_rounds} and task.finish_marker {config.task.finish_marker!r}; whoever takes a "
+            "first plan away cannot say how later plans, or who says finish, would follow: set max_rounds=1 and task.finish_marker=null."
+        )
+    if algorithm.advantage == "gae":
+        raise ConfigError(
+            f"{name} with algorithm.advantage=gae; a critic is the baseline there, of both roles and token by token: use another advantage "
+            "or algorithm.credit=outcome."
+        )
+    if rollout.samples_per_plan > 1:
+        raise ConfigError(
+            f"{name} with rollout.samples_per_plan {rollout.samples_per_plan}; the difference is taken between one answer and its "
+            "counterfactuals: set samples_per_plan=1."
+        )
+    if config.reward.scheme == "consistency":
+        raise ConfigError(
+            f"{name} with reward.scheme=consistency; answers that follow no plan, or different ones, have no plan to agree on: "
+            "use reward=outcome or base."
+        )
+    if algorithm.credit == "swapped" and algorithm.counterfactual_samples >= rollout.episodes_per_prompt:
+        raise ConfigError(
+            f"algorithm.counterfactual_samples ({algorithm.counterfactual_samples}) must be below rollout.episodes_per_prompt "
+            f"({rollout.episodes_per_prompt}) with algorithm.credit=swapped; each takes the plan of another episode of the prompt: "
+            "lower it."
+        )
+
+
 def _check_plans(config: RunConfig) -> None:
     rollout, answers = config.rollout, config.rollout.samples_per_plan
     if config.reward.scheme == "consistency" and answers == 1:
@@ -417,6 +458,11 @@ def _check_budgets(config: RunConfig) -> None:
         raise ConfigError(
             f"rollout.episodes_per_prompt is {rollout.episodes_per_prompt}; algorithm.advantage={config.algorithm.advantage} compares "
             "episodes of one prompt and needs at least 2."
+        )
+    if trainer.token_budget > 0 and config.optimizer.warmup_steps > 0:
+        raise ConfigError(
+            f"optimizer.warmup_steps is {config.optimizer.warmup_steps} with trainer.token_budget {trainer.token_budget}; the schedule "
+            "then runs over sampled tokens and has no warm-up in steps: set warmup_steps=0."
         )
     if rollout.prompts_per_step < trainer.minibatches_per_step:
         raise ConfigError(

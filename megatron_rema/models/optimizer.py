@@ -72,8 +72,9 @@ class Optimizer:
             chunk.zero_grad_buffer()
         self.megatron.zero_grad()
 
-    def step(self) -> StepResult:
-        """Clip, update, advance the schedule. The k-th step (from 1) uses the schedule's value at k: warm-up starts at lr / warmup_steps.
+    def step(self, *, position: int | None = None) -> StepResult:
+        """Clip, update, move the schedule to ``position`` (None: one on). The k-th step (from 1) uses its value at k: warm-up starts at
+        lr / warmup_steps.
 
         Over the wire: one sum for the norm; under ZeRO-1 an all-gather of the new weights over data-parallel ranks.
         """
@@ -81,7 +82,7 @@ class Optimizer:
         grad_norm = float(self.megatron.get_grad_norm())
         if found_inf or not math.isfinite(grad_norm):
             return StepResult(grad_norm=grad_norm, skipped=True, lr=self.lr)
-        self.scheduler.step(1)
+        self.scheduler.step(1 if position is None else position - self.scheduler.num_steps)
         self.megatron.step()
         return StepResult(grad_norm=grad_norm, skipped=False, lr=self.lr)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from megatron_rema.rollout.actions import action_regex, parse_action
 from megatron_rema.rollout.chat import ChatFormat
+from megatron_rema.rollout.counterfactual import Counterfactuals
 from megatron_rema.types import Completion, Role, Turn
 
 TWO_ROLES, ONE_ROLE = (Role.META_THINKING, Role.REASONING), (Role.REASONING,)
@@ -35,6 +36,7 @@ class DialogueRules:
     end_on_truncated_turn: bool = True  # False: only a truncated last turn spoils the episode
     samples_per_plan: int = 1  # consecutive episodes of a prompt that answer one and the same first plan
     json_actions: bool = False  # the meta-thinker's messages are JSON actions, sampled under their grammar: see actions.py
+    counterfactuals: Counterfactuals | None = None  # further episodes of a prompt, without the plan under test
 
     def __post_init__(self) -> None:
         if self.roles not in (TWO_ROLES, ONE_ROLE):
@@ -48,6 +50,11 @@ class DialogueRules:
             raise ValueError(f"samples_per_plan is {self.samples_per_plan} where nobody plans: it needs both roles; set it to 1.")
         if self.json_actions and self.roles != TWO_ROLES:
             raise ValueError("json_actions are messages of the meta-thinker, who does not speak here: give both roles or turn it off.")
+        if self.counterfactuals is not None and (self.roles != TWO_ROLES or self.max_rounds > 1 or self.samples_per_plan > 1):
+            raise ValueError(
+                f"counterfactuals with roles {tuple(map(str, self.roles))}, max_rounds {self.max_rounds} and samples_per_plan "
+                f"{self.samples_per_plan}: they need both roles, one round and one answer to a plan."
+            )
         missing = [name for name in ("question", "instruction") if f"{{{name}}}" not in self.reasoner_template]
         if missing:
             raise ValueError(f"reasoner_template must hold {{{missing[0]}}}, got {self.reasoner_template!r}.")
@@ -60,6 +67,17 @@ class DialogueRules:
     def regex_for(self, role: Role) -> str | None:
         """What the role's turns must match, up to their stop token."""
         return action_regex(self.finish_marker) if self.json_actions and role is Role.META_THINKING else None
+
+    @property
+    def num_counterfactuals(self) -> int:
+        """Of each prompt."""
+        return 0 if self.counterfactuals is None else self.counterfactuals.num_per_group
+
+    def plan_index(self, group_index: int) -> int | None:
+        """Group index of the episode whose first plan this one follows: its own when it plans; None when it is given no plan."""
+        if self.counterfactuals is not None:
+            return self.counterfactuals.plan_index(group_index)
+        return group_index // self.samples_per_plan * self.samples_per_plan
 
     def says_finish(self, text: str) -> bool:
         return self.finish_marker is not None and self.finish_marker in text

@@ -6,7 +6,12 @@ The meta-thinker keeps the expression and names the next sub-expression; the rea
     meta-thinker     (6-4)*7:6-4                reasoner   2      (the expression as it stands, then the sub-expression)
     meta-thinker     2*7                        reasoner   14
     meta-thinker     [FINISH]                   reasoner   \\boxed{14}
-A plan names what to compute, never its result. Every value lies in 0..20, so that each fact (a op b) can be learnt by heart.
+A plan names what to compute, never its result. One agent alone writes the same dialogue as one message: a chain of thought
+    2*2=4
+    (6-4)*7:6-4=2
+    2*7=14
+    \\boxed{14}
+or a plan, the operators in their order (`*-*`), and then that chain. Every value lies in 0..20: each fact (a op b) can be learnt by heart.
 
 Level = number of operations. A question belongs to the held-out side by its hash, so the sets are disjoint whatever the seeds.
 """
@@ -17,7 +22,7 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +74,10 @@ NONE = Imperfections()
 # Mostly habits of the dialogue, which RL unlearns in a few steps; few wrong facts, which it would have to unlearn one by one.
 # `short_stop` is what the planner does more often than not: greedy decoding shows it too, the others show in samples only.
 PLANTED = Imperfections(wrong_plan=0.03, early_finish=0.06, short_stop=0.65, echo=0.08, slip=0.03, missing_box=0.15)
+# A reward model trains on shorter problems and on far more wrong facts and plans than its held-out pairs hold: each pair teaches it one bit,
+# and one wrong number among many turns is what it would never find (docs/log.md).
+PAIR_LEVELS = (1, 1, 1, 2, 3)
+PAIR_IMPERFECTIONS = Imperfections(wrong_plan=0.2, early_finish=0.06, short_stop=0.3, echo=0.04, slip=0.25, missing_box=0.08)
 
 
 @dataclass(frozen=True)
@@ -169,6 +178,24 @@ def write_dialogues(
     return rows, {"dialogues": num, "correct": num_correct, **counts}
 
 
+def as_chain(texts: Sequence[str]) -> str:
+    """A written dialogue as one agent's chain of thought (VRP): a step a line, as instruction=result; then the last message."""
+    *steps, last_plan, last = texts
+    lines = [f"{plan}={value}" for plan, value in zip(steps[0::2], steps[1::2], strict=True)]
+    return "\n".join([*lines, last if last_plan == FINISH_MARKER else f"{last_plan}={last}"])
+
+
+def as_plan_and_chain(texts: Sequence[str]) -> str:
+    """As `as_chain`, after a plan of its own (MRP): the operators in the order in which they will be used."""
+    plans = [plan.split(":")[-1] for plan in texts[0::2] if plan != FINISH_MARKER]
+    return "".join(c for plan in plans for c in plan if c in OPERATIONS) + "\n" + as_chain(texts)
+
+
+def alone(rows: Sequence[dict[str, Any]], form: Callable[[Sequence[str]], str]) -> list[dict[str, Any]]:
+    """Cold-start rows of one agent: each dialogue of ``rows`` as one message."""
+    return [{**row, "turns": [{"role": str(Role.REASONING), "text": form([turn["text"] for turn in row["turns"]])}]} for row in rows]
+
+
 def write_pairs(seed: int, num: int, levels: Sequence[int], imperfections: Imperfections, *, heldout: bool) -> list[dict[str, Any]]:
     """``num`` rows {"question", "chosen": turns, "rejected": turns}: a flawless dialogue, and one whose flaws cost it the answer."""
     rng = random.Random(f"{seed}/pairs/{heldout}")
@@ -222,14 +249,15 @@ def write_task(
     num_heldout: int = 200,
     num_ood: int = 200,
     num_dialogues: int = 10000,
-    num_pairs: int = 4000,
-    num_heldout_pairs: int = 400,
+    num_pairs: int = 30000,
+    num_heldout_pairs: int = 1000,
     levels: Sequence[int] = (2, 3),
     ood_levels: Sequence[int] = (4,),
     cold_start_levels: Sequence[int] = COLD_START_LEVELS,
     imperfections: Imperfections = PLANTED,
 ) -> dict[str, Any]:
-    """Writes train, heldout, ood, cold_start, preferences and preferences_heldout .jsonl, model/ (config, tokenizer), manifest.json.
+    """Writes train, heldout, ood, cold_start (and the same for one agent, cold_start_vrp and cold_start_mrp), preferences and
+    preferences_heldout .jsonl, model/ (config, tokenizer), manifest.json.
 
     Returns the manifest: arguments, rows per file and level, imperfections planted. Refuses a folder that exists and is not empty.
     """
@@ -260,7 +288,9 @@ def write_task(
         rows = ({"question": p.question, "answer": p.answer, "level": p.level, "subset": p.subset} for p in prompts)
         _write_jsonl(out / f"{name}.jsonl", rows)
     _write_jsonl(out / "cold_start.jsonl", dialogues)
-    _write_jsonl(out / "preferences.jsonl", write_pairs(seed, num_pairs, levels, imperfections, heldout=False))
+    _write_jsonl(out / "cold_start_vrp.jsonl", alone(dialogues, as_chain))
+    _write_jsonl(out / "cold_start_mrp.jsonl", alone(dialogues, as_plan_and_chain))
+    _write_jsonl(out / "preferences.jsonl", write_pairs(seed, num_pairs, PAIR_LEVELS, PAIR_IMPERFECTIONS, heldout=False))
     _write_jsonl(out / "preferences_heldout.jsonl", write_pairs(seed, num_heldout_pairs, levels, imperfections, heldout=True))
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")  # last: its presence says that the folder is complete
     return manifest

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rema.config import RunConfig, as_mapping
+from megatron_rema.config import RunConfig, TrainerConfig, as_mapping
 from megatron_rema.models.policy import ParallelModel
 from megatron_rema.report.page import write_report
-from megatron_rema.reward.assign import assign, reward_metrics
+from megatron_rema.reward.assign import assign, counterfactual_metrics, reward_metrics, set_apart
 from megatron_rema.reward.behaviour import behaviour_metrics
 from megatron_rema.reward.math_verifier import Judgement, VerifierPool
 from megatron_rema.reward.model_scorer import add_model_scores
@@ -100,7 +100,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
         dist.barrier()  # every rank has looked at run_dir before rank 0 makes it
         reporter, folder = Reporter(speaks=first), RunFolder(config.run_dir, writes=first)
         explain(config, reporter)
-        total_steps = config.trainer.steps * config.trainer.minibatches_per_step
+        total_steps = config.trainer.token_budget or config.trainer.steps * config.trainer.minibatches_per_step
         layouts = Layouts()
         policies = build_policies(config, inputs.architectures, layouts, total_steps=max(total_steps, 1), with_others=True)
         reward_model = None
@@ -145,11 +145,11 @@ def run(study: Study) -> None:
     if position.step == 0:
         evaluate(study)
     with reporter.run("train", total=trainer.steps, done=position.step):
-        while position.step < trainer.steps:
+        while not is_over(position, trainer):
             metrics = step(study)
             study.folder.metrics(metrics)
             reporter.step_done(position.step, _headline(metrics))
-            last = position.step == trainer.steps
+            last = is_over(position, trainer)
             if last or (trainer.evaluate_every and position.step % trainer.evaluate_every == 0):
                 evaluate(study)
             if last or (trainer.checkpoint_every and position.step % trainer.checkpoint_every == 0):
@@ -157,10 +157,14 @@ def run(study: Study) -> None:
             else:
                 study.checkpoints.finish_pending(wait=False)
     study.checkpoints.finish_pending()
-    if trainer.save_hf and (started < trainer.steps or not (study.folder.path / "hf").exists()):
+    if trainer.save_hf and (started < position.step or not (study.folder.path / "hf").exists()):
         for path in export_hf(study.policies, study.folder.path / "hf"):
             reporter.say(f"policy exported: {path}")
     finish(study)
+
+
+def is_over(position: state.Position, trainer: TrainerConfig) -> bool:
+    return position.step >= trainer.steps or 0 < trainer.token_budget <= position.sampled_tokens
 
 
 def step(study: Study) -> dict[str, float]:
@@ -168,16 +172,21 @@ def step(study: Study) -> dict[str, float]:
     config, position, reporter = study.config, study.position, study.reporter
     begin = time.perf_counter()
     reporter.restart_clock()
-    prompts, episodes, judgements = draw(study)
+    prompts, played, judgements = draw(study)
+    sampled = sampled_tokens(played)
+    position.sampled_tokens += sampled
     for engine in study.engines.values():
         engine.sleep()
-    assigned = assign(episodes, judgements, scheme=config.reward.scheme, mask_unfinished_reward=config.reward.mask_unfinished_reward)
+    assigned = assign(played, judgements, scheme=config.reward.scheme, mask_unfinished_reward=config.reward.mask_unfinished_reward)
     penalise_overlong(assigned.scored, buffer_tokens=config.reward.overlong_buffer_tokens, max_tokens=config.rollout.max_episode_tokens)
     model_metrics = score_with_reward_model(study, assigned.scored)
+    assigned, counterfactual = set_apart(assigned)
     share_plan_rewards(assigned.scored, scheme=config.reward.scheme)
     chosen = chosen_for_training(assigned.scored, config.rollout)
     if config.algorithm.advantage != "gae":  # a critic's advantages are per token: see score
-        position.baselines = assign_advantages(chosen, config.roles, config.algorithm, position.baselines)
+        position.baselines = assign_advantages(
+            chosen, config.roles, config.algorithm, position.baselines, counterfactuals=counterfactual.scored
+        )
 
     metrics: dict[str, float] = {"rollout/prompts_chosen_frac": len(group_by_prompt(chosen)) / len(prompts)}
     for policy in active_policies(study) if chosen else []:
@@ -191,14 +200,15 @@ def step(study: Study) -> dict[str, float]:
         sync_weights(study.policies, study.engines, position.weight_version)
 
     if study.folder.writes:
-        study.folder.episodes(position.step, (episode.to_json() for episode in episodes))
-    sampled = sampled_tokens(episodes)
-    metrics |= reward_metrics(assigned, judgements) | model_metrics
+        study.folder.episodes(position.step, (episode.to_json() for episode in played))
+    episodes = [episode for episode in played if not episode.is_counterfactual]
+    metrics |= reward_metrics(assigned, judgements) | model_metrics | counterfactual_metrics(assigned, counterfactual)
     metrics |= behaviour_metrics(episodes, config.task.finish_marker, json_actions=config.task.json_actions)
     metrics |= {name: reporter.seconds.get(phase, 0.0) for phase, name in _PHASES.items()}
     metrics |= {
         "rollout/episodes": len(episodes),
         "rollout/sampled_tokens": sampled,
+        "rollout/sampled_tokens_total": position.sampled_tokens,
         "rollout/sampled_tokens_per_s": sampled / reporter.seconds["generate"],
         "rollout/prompts_taken": position.prompts_taken,
     }
@@ -207,22 +217,26 @@ def step(study: Study) -> dict[str, float]:
 
 
 def sampled_tokens(episodes: Sequence[Episode]) -> int:
-    """A plan that several episodes share was sampled once."""
+    """A plan that several episodes share was sampled once, by the episode that has no ``plan_of`` (as played: credit may name another)."""
     shared = sum(len(episode.turns[0].completion.token_ids) for episode in episodes if episode.plan_of is not None and episode.turns)
     return sum(episode.num_sampled_tokens for episode in episodes) - shared
 
 
 def draw(study: Study) -> tuple[list[Prompt], list[Episode], dict[str, Judgement]]:
-    """Play the step's prompts; with ``rollout.max_draws`` > 1 draw more until ``prompts_per_step`` of them are worth training on."""
+    """Play the step's prompts; with ``rollout.max_draws`` > 1 draw more until ``prompts_per_step`` of them are worth training on.
+
+    Counterfactual episodes are played with them and have no say in what is worth it.
+    """
     config, position = study.config, study.position
     rollout = config.rollout
+    per_prompt = rollout.episodes_per_prompt + study.rules.num_counterfactuals
     prompts: list[Prompt] = []
     episodes: list[Episode] = []
     judgements: dict[str, Judgement] = {}
     for _ in range(rollout.max_draws):
         prompts += study.stream.take(position.prompts_taken + len(prompts), rollout.prompts_per_step)
         played, judged = play_everywhere(
-            starts_of(prompts, rollout.episodes_per_prompt)[len(episodes) :],  # a prompt drawn twice gets episodes of other numbers
+            starts_of(prompts, per_prompt)[len(episodes) :],  # a prompt drawn twice gets episodes of other numbers
             rules=study.rules,
             chat=study.chat,
             engines=study.engines,
@@ -234,7 +248,7 @@ def draw(study: Study) -> tuple[list[Prompt], list[Episode], dict[str, Judgement
         )
         episodes += played
         judgements |= judged
-        known = [episode for episode in episodes if judgements[episode.episode_id].verdict is not Verdict.UNKNOWN]
+        known = [e for e in episodes if not e.is_counterfactual and judgements[e.episode_id].verdict is not Verdict.UNKNOWN]
         right = {episode.episode_id: float(judgements[episode.episode_id].verdict is Verdict.CORRECT) for episode in known}
         if len(inside(known, right, rollout)) >= rollout.prompts_per_step:
             break
@@ -318,14 +332,22 @@ def update(study: Study, policy: Policy, traces: Sequence[Trace], columns: dict[
     """One optimizer step of the policy, one of its critic; the critic alone while it warms up."""
     config = study.config
     shape = {"max_turns": config.rollout.max_rounds, "microbatch_tokens": config.trainer.microbatch_tokens, "columns": columns}
+    at = min(study.position.sampled_tokens, config.trainer.token_budget) if config.trainer.token_budget else None
     metrics: dict[str, float] = {}
     if policy.critic is not None:
         batches = pack_for_rank(traces, aggregation="token", groups=policy.critic.model.groups, **shape)
-        metrics |= update_critic(policy.critic.model, policy.critic.optimizer, batches, value_clip=config.critic.value_clip)
+        metrics |= update_critic(
+            policy.critic.model, policy.critic.optimizer, batches, value_clip=config.critic.value_clip, schedule_position=at
+        )
     if policy.critic is None or study.position.step >= config.critic.warmup_steps:
         batches = pack_for_rank(traces, aggregation=config.algorithm.aggregation, groups=policy.model.groups, **shape)
         metrics |= update_policy(
-            policy.model, policy.optimizer, batches, algorithm=config.algorithm, temperature=config.rollout.temperature
+            policy.model,
+            policy.optimizer,
+            batches,
+            algorithm=config.algorithm,
+            temperature=config.rollout.temperature,
+            schedule_position=at,
         )
     return metrics
 
@@ -384,7 +406,8 @@ def explain(config: RunConfig, reporter: Reporter) -> None:
     )
     reporter.say(
         f"{rollout.prompts_per_step} prompts x {rollout.episodes_per_prompt} episodes a step, {updates} update(s) per rollout; {clip}; "
-        f"roles {', '.join(config.roles)}; policies {', '.join(config.agents.policies)} ({config.agents.schedule})"
+        f"credit by {algorithm.credit}; roles {', '.join(config.roles)}; policies {', '.join(config.agents.policies)} "
+        f"({config.agents.schedule})"
     )
 
 

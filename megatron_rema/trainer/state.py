@@ -57,6 +57,7 @@ class Position:
 
     step: int = 0  # steps done
     prompts_taken: int = 0  # problems drawn from the stream
+    sampled_tokens: int = 0  # by the policies, in training rollouts
     weight_version: int = 0  # weight syncs done
     baselines: dict[str, list[float]] = field(default_factory=dict)  # role -> [sum, weight] of its running mean (algorithm.advantage=ema)
 

@@ -24,6 +24,7 @@ def update_policy(
     *,
     algorithm: AlgorithmConfig,
     temperature: float,
+    schedule_position: int | None = None,
 ) -> dict[str, float]:
     """One optimizer step on one minibatch. Returns metrics, equal on every rank.
 
@@ -70,7 +71,7 @@ def update_policy(
     with optimizer.resident():
         optimizer.zero_grad()
         outputs = model.forward_backward(list(batches), loss)
-        result = optimizer.step()
+        result = optimizer.step(position=schedule_position)
     stats = reduce_stats(outputs, model.groups, maxima=("gap_max",))
     means = PolicyLossStats.means(stats, level=algorithm.ratio_level)
     return {
@@ -83,7 +84,9 @@ def update_policy(
     }
 
 
-def update_critic(model: ParallelModel, optimizer: Optimizer, batches: Sequence[Batch], *, value_clip: float) -> dict[str, float]:
+def update_critic(
+    model: ParallelModel, optimizer: Optimizer, batches: Sequence[Batch], *, value_clip: float, schedule_position: int | None = None
+) -> dict[str, float]:
     """One optimizer step of a value model towards ``batch.returns``. Returns metrics, equal on every rank."""
 
     def loss(values_TK: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -95,7 +98,7 @@ def update_critic(model: ParallelModel, optimizer: Optimizer, batches: Sequence[
     with optimizer.resident():
         optimizer.zero_grad()
         outputs = model.forward_backward(list(batches), loss)
-        result = optimizer.step()
+        result = optimizer.step(position=schedule_position)
     stats = reduce_stats(outputs, model.groups)
     return {
         **{f"critic/{name}": value for name, value in ValueLossStats.means(stats).items()},
