@@ -196,3 +196,15 @@ def test_bi_level_gae_is_ours_run_twice(ragen, seed):
     )  # fmt: skip
     name = "RAGEN compute_bi_level_gae_advantage_return"
     agree("gae returns, two passes", name, batch.unpack(ours_T), theirs_BL * batch.mask_BL, tolerance=2e-6)
+
+
+def test_a_wrong_answer_breaks_bi_level_gae_and_not_ours(ragen):
+    """A last reward of 0 is no end of a turn to RAGEN, which then looks for a token after the last."""
+    rewards_BL, values_BL, mask_BL = torch.tensor([[0.0, 1.0, 0.0, 0.0]]), torch.zeros(1, 4), torch.ones(1, 4)
+    with pytest.raises(IndexError):
+        ragen.compute_bi_level_gae_advantage_return(rewards_BL, values_BL, mask_BL, 1.0, 1.0, 0.95)
+    turn_ids_T, ids_T = torch.tensor([0, 0, 1, 1]), torch.zeros(4, dtype=torch.long)
+    _, returns_T = gae(
+        rewards_BL[0], values_BL[0], turn_ids_T, ids_T, mask_BL[0].bool(), discount=1.0, gae_lambda=1.0, turn_discount=0.95, turn_lambda=1.0
+    )
+    assert returns_T.tolist() == [1.0, 1.0, 0.0, 0.0]
