@@ -139,6 +139,7 @@ def evaluations_html(run: Run) -> str:
             _optional(row, "finished_frac"),
             f"{row.get('num_problems', '?')} \u00d7 {row.get('samples_per_problem', '?')}",
             f"{row['temperature']:g}" if isinstance(row.get("temperature"), int | float) else "",
+            *(_estimate(row, name) for name in ("as_given", "swapped", "strict", "same_letter", "chose_a")),
             ", ".join(f"{level}: {value:.2f}" for level, value in (row.get("level_accuracy") or {}).items()),
         ]
         for label, rows in run.evaluations_by_set().items()
@@ -153,6 +154,11 @@ def evaluations_html(run: Run) -> str:
         "finished",
         "problems \u00d7 samples",
         "temperature",
+        "answers as given",
+        "answers swapped",
+        "right in both orders",
+        "same letter in both",
+        "chose A",
         "accuracy by level",
     )
     filled = [index for index in range(len(header)) if any(row[index] not in ("", "no interval") for row in rows)]
@@ -244,6 +250,12 @@ def _interval(row: Row) -> str:
 
 def _optional(row: Row, key: str) -> str:
     return f"{row[key]:.3f}" if isinstance(row.get(key), int | float) else ""
+
+
+def _estimate(row: Row, name: str) -> str:
+    """One of a judge's figures, with its interval."""
+    found = (row.get("judging") or {}).get(name)
+    return f"{found['mean']:.3f} {_interval(found)}" if found else ""
 
 
 def _percent(fraction: float) -> str:

@@ -57,7 +57,7 @@ class TurnScheduler:
         self._waiting: defaultdict[str, list[tuple[Episode, Dialogue]]] = defaultdict(list)  # for the plan of the episode of that id
         planners: list[tuple[Episode, Dialogue]] = []
         for episode in self.episodes:
-            dialogue = Dialogue(chat, rules, episode.prompt.question)
+            dialogue = Dialogue(chat, rules, episode.prompt.question, episode.prompt.fields)
             if episode.group_index % rules.samples_per_plan:
                 episode.plan_of = self._planner_of(episode, ids)
                 self._waiting[episode.plan_of].append((episode, dialogue))
