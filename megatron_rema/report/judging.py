@@ -16,6 +16,15 @@ from statistics import fmean
 from megatron_rema.report.accuracy import interval
 from megatron_rema.types import LETTERS
 
+# as a reader is told -> field of Judging
+FIGURES = {
+    "right as given": "as_given",
+    "right swapped": "swapped",
+    "right in both orders": "strict",
+    "same letter in both": "same_letter",
+    "chose A": "chose_a",
+}
+
 
 @dataclass(frozen=True)
 class Pair:

@@ -12,6 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from megatron_rema.report.judging import FIGURES
 from megatron_rema.report.plots import draw_plots
 from megatron_rema.report.run_folder import Row, Run, Series, read_run
 from megatron_rema.report.transcript import SHADES, transcripts_html
@@ -139,7 +140,7 @@ def evaluations_html(run: Run) -> str:
             _optional(row, "finished_frac"),
             f"{row.get('num_problems', '?')} \u00d7 {row.get('samples_per_problem', '?')}",
             f"{row['temperature']:g}" if isinstance(row.get("temperature"), int | float) else "",
-            *(_estimate(row, name) for name in ("as_given", "swapped", "strict", "same_letter", "chose_a")),
+            *(_estimate(row, name) for name in FIGURES.values()),
             ", ".join(f"{level}: {value:.2f}" for level, value in (row.get("level_accuracy") or {}).items()),
         ]
         for label, rows in run.evaluations_by_set().items()
@@ -154,11 +155,7 @@ def evaluations_html(run: Run) -> str:
         "finished",
         "problems \u00d7 samples",
         "temperature",
-        "answers as given",
-        "answers swapped",
-        "right in both orders",
-        "same letter in both",
-        "chose A",
+        *FIGURES,
         "accuracy by level",
     )
     filled = [index for index in range(len(header)) if any(row[index] not in ("", "no interval") for row in rows)]

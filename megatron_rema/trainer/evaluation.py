@@ -16,7 +16,7 @@ from rich.table import Table
 from megatron_rema.config import RunConfig, as_mapping
 from megatron_rema.parallel.exchange import gather_rows
 from megatron_rema.report.accuracy import Problem, summary
-from megatron_rema.report.judging import Judging, Pair, judging
+from megatron_rema.report.judging import FIGURES, Judging, Pair, judging
 from megatron_rema.reward.assign import assign
 from megatron_rema.reward.components import final_answer
 from megatron_rema.reward.math_verifier import VerifierPool
@@ -189,32 +189,18 @@ def table(rows: Sequence[Mapping], title: str) -> Table:
 
 
 def judging_table(rows: Sequence[Mapping]) -> Table | None:
-    """Where comparisons were judged: accuracy in each order and in both, and what betrays a preference for a place."""
-    view = Table(title="both orders of each comparison (95% intervals over pairs)")
-    for column in (
-        "step",
-        "set",
-        "as given",
-        "swapped",
-        "right in both",
-        "same letter in both",
-        "chose A",
-        "answered",
-        "pairs",
-        "temperature",
-    ):
-        view.add_column(column, justify="left" if column == "set" else "right")
+    """Where comparisons were judged: accuracy in each order and in both, and what betrays a preference for a place. A line a figure."""
+    view = Table(title="both orders of each comparison (intervals over pairs)")
+    for column in ("step", "set", "temperature", "figure", "mean", "95% interval"):
+        view.add_column(column, justify="left" if column in ("set", "figure") else "right")
     for row in rows:
         if found := row.get("judging"):
-            shown = (found[name] for name in ("as_given", "swapped", "strict", "same_letter", "chose_a"))
-            view.add_row(
-                str(row["step"]),
-                row["set"],
-                *("" if e is None else f"{e['mean']:.3f} [{e['low']:.3f}, {e['high']:.3f}]" for e in shown),
-                f"{found['answered_frac']:.3f}",
-                str(found["num_pairs"]),
-                f"{row['temperature']:g}",
-            )
+            head = [str(row["step"]), row["set"], f"{row['temperature']:g}"]
+            for figure, name in FIGURES.items():
+                if (estimate := found[name]) is not None:
+                    view.add_row(*head, figure, f"{estimate['mean']:.3f}", f"[{estimate['low']:.3f}, {estimate['high']:.3f}]")
+                    head = [""] * len(head)
+            view.add_row(*head, "came to a letter", f"{found['answered_frac']:.3f}", "", end_section=True)
     return view if view.row_count else None
 
 

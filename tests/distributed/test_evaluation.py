@@ -122,4 +122,6 @@ def test_the_table_of_both_orders_is_there_for_judges_only():
     assert judging_table([row, {**row, "judging": None}]) is None
     judged = _accuracy(JUDGED, {})["judging"]
     columns = {c.header: list(c.cells) for c in judging_table([row, {**row, "judging": asdict(judged)}]).columns}
-    assert columns["right in both"][0].startswith("0.333 [") and columns["pairs"] == ["3"] and columns["answered"] == ["0.833"]
+    means = dict(zip(columns["figure"], columns["mean"], strict=True))
+    assert means["right in both orders"] == "0.333" and means["came to a letter"] == "0.833"
+    assert columns["step"] == ["0", *[""] * 5], "one evaluation, a line a figure"

@@ -162,6 +162,6 @@ def test_a_lone_judge_trains_in_one_order_and_is_evaluated_in_both(judge_task, t
 def test_a_judge_is_evaluated_from_its_checkpoint(judge_task, tmp_path):
     greedy = ["trainer.evaluation_temperatures=[0.0]", f"run_dir={tmp_path}/run"]
     out = run("evaluate", 1, *judge_task, *greedy)
-    assert "right in both" in out and "same letter in both" in out
+    assert all(word in out for word in ("right as given", "right in both orders", "same letter in both", "chose A")), out
     (row,) = rows(tmp_path / "run" / "evaluations.jsonl")
     assert row["judging"]["num_pairs"] == 6 and 0 <= row["judging"]["strict"]["low"] <= row["judging"]["strict"]["high"] <= 1
