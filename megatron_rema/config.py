@@ -176,6 +176,9 @@ class AlgorithmConfig:
 
     advantage: Literal["grpo", "dr_grpo", "rloo", "ema", "reinforce_plus_plus", "gae"] = "grpo"  # gae builds a critic
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9  # ema: of the running mean of each role's rewards, from step to step
+    # Of the meta-thinker. ablated, swapped: reward with its plan - mean reward of counterfactual answers, whatever ``advantage`` is
+    credit: Literal["outcome", "ablated", "swapped"] = "outcome"
+    counterfactual_samples: Count = 2  # ablated: answers without a plan for each prompt; swapped: answers to others' plans for each episode
     turn_discount: Annotated[float, Field(ge=0, le=1)] = 1.0  # reinforce_plus_plus, gae: from a turn to the role's next one
     turn_lambda: Annotated[float, Field(ge=0, le=1)] = 1.0  # gae: across turns
     discount: Annotated[float, Field(ge=0, le=1)] = 1.0  # gae: inside a turn
@@ -308,6 +311,7 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_agents(config)
     _check_templates(config)
     _check_objective(config)
+    _check_credit(config)
     _check_plans(config)
     _check_budgets(config)
 
@@ -385,6 +389,42 @@ def _check_objective(config: RunConfig) -> None:
         raise ConfigError(
             f"algorithm.kl_estimator is k1 with algorithm.kl_coef {algorithm.kl_coef}; as a loss its expected gradient is 0 and it holds "
             "nothing back: use k2 or k3 (k1 is a metric at kl_coef=0)."
+        )
+
+
+def _check_credit(config: RunConfig) -> None:
+    """Counterfactual credit is defined where a plan is all that the meta-thinker says, and one answer all that follows from it."""
+    algorithm, rollout = config.algorithm, config.rollout
+    if algorithm.credit == "outcome":
+        return
+    name = f"algorithm.credit is {algorithm.credit}"
+    if config.roles != tuple(Role):
+        raise ConfigError(f"{name} where nobody plans; it needs both roles: set algorithm.credit=outcome.")
+    if rollout.max_rounds > 1 or config.task.finish_marker is not None:
+        raise ConfigError(
+            f"{name} with rollout.max_rounds {rollout.max_rounds} and task.finish_marker {config.task.finish_marker!r}; whoever takes a "
+            "first plan away cannot say how later plans, or who says finish, would follow: set max_rounds=1 and task.finish_marker=null."
+        )
+    if algorithm.advantage == "gae":
+        raise ConfigError(
+            f"{name} with algorithm.advantage=gae; a critic is the baseline there, of both roles and token by token: use another advantage "
+            "or algorithm.credit=outcome."
+        )
+    if rollout.samples_per_plan > 1:
+        raise ConfigError(
+            f"{name} with rollout.samples_per_plan {rollout.samples_per_plan}; the difference is taken between one answer and its "
+            "counterfactuals: set samples_per_plan=1."
+        )
+    if config.reward.scheme == "consistency":
+        raise ConfigError(
+            f"{name} with reward.scheme=consistency; answers that follow no plan, or different ones, have no plan to agree on: "
+            "use reward=outcome or base."
+        )
+    if algorithm.credit == "swapped" and algorithm.counterfactual_samples >= rollout.episodes_per_prompt:
+        raise ConfigError(
+            f"algorithm.counterfactual_samples ({algorithm.counterfactual_samples}) must be below rollout.episodes_per_prompt "
+            f"({rollout.episodes_per_prompt}) with algorithm.credit=swapped; each takes the plan of another episode of the prompt: "
+            "lower it."
         )
 
 

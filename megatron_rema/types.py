@@ -147,7 +147,7 @@ class Episode:
 
     episode_id: str
     prompt: Prompt
-    group_index: int  # 0..G-1 among the episodes of this prompt
+    group_index: int  # 0..G-1 among the episodes of this prompt; counterfactual ones follow
     turns: list[Turn] = field(default_factory=list)
     status: EpisodeStatus = EpisodeStatus.RUNNING
     verdict: Verdict | None = None
@@ -155,6 +155,13 @@ class Episode:
     turn_rewards: dict[Role, list[float]] = field(default_factory=dict)  # [K] per role
     advantages: dict[Role, list[float]] = field(default_factory=dict)  # [K] per role
     plan_of: str | None = None  # episode_id whose first meta-thinker turn this episode shares (several answers to one plan); None: its own
+    # Without the plan under test: a baseline, never trained on. prompt_id: its plan is empty (not sampled); episode_id: the plan of
+    # ``plan_of`` in place of that episode's. None: a real episode.
+    counterfactual_of: str | None = None
+
+    @property
+    def is_counterfactual(self) -> bool:
+        return self.counterfactual_of is not None
 
     def turns_of(self, role: Role) -> list[Turn]:
         return [turn for turn in self.turns if turn.role is role]
@@ -186,6 +193,7 @@ class Episode:
             turn_rewards={Role(role): list(v) for role, v in row["turn_rewards"].items()},
             advantages={Role(role): list(v) for role, v in row["advantages"].items()},
             plan_of=row.get("plan_of"),
+            counterfactual_of=row.get("counterfactual_of"),
         )
 
 

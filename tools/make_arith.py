@@ -21,8 +21,13 @@ def main() -> None:
     parser.add_argument("--num-heldout", type=int, default=200, help="problems of the same levels that no other file holds")
     parser.add_argument("--num-ood", type=int, default=200, help="harder problems")
     parser.add_argument("--num-dialogues", type=int, default=10000, help="written dialogues of the cold start")
-    parser.add_argument("--num-pairs", type=int, default=4000, help="preference pairs for train_reward_model")
-    parser.add_argument("--num-heldout-pairs", type=int, default=400, help="preference pairs about held-out problems")
+    parser.add_argument("--num-pairs", type=int, default=30000, help="preference pairs for train_reward_model")
+    parser.add_argument(
+        "--num-heldout-pairs",
+        type=int,
+        default=1000,
+        help="preference pairs about held-out problems, with the imperfections of the dialogues",
+    )
     parser.add_argument("--num-judge-train", type=int, default=2000, help="comparisons of two solutions to train a judge on")
     parser.add_argument("--num-judge-heldout", type=int, default=200, help="comparisons about held-out problems")
     parser.add_argument("--num-judge-dialogues", type=int, default=10000, help="written dialogues of the judge's cold start")

@@ -30,10 +30,11 @@ def chosen_steps(run: Run) -> list[int]:
 
 
 def choose(episodes: Iterable[Episode]) -> list[Episode]:
-    """A few correct, wrong and unjudged ones; among each, ends that differ and problems that differ come first."""
+    """A few correct, wrong and unjudged real ones; among each, ends that differ and problems that differ come first."""
     groups: dict[Verdict | None, list[Episode]] = {Verdict.CORRECT: [], Verdict.WRONG: [], None: []}
     for episode in episodes:
-        groups.get(episode.verdict, groups[None]).append(episode)
+        if not episode.is_counterfactual:
+            groups.get(episode.verdict, groups[None]).append(episode)
     chosen = []
     for group in groups.values():
         seen: dict[str, int] = defaultdict(int)

@@ -47,8 +47,37 @@ def assign(
     return Assigned(scored, excluded)
 
 
+def set_apart(assigned: Assigned) -> tuple[Assigned, Assigned]:
+    """The real episodes and the counterfactual ones."""
+
+    def only(counterfactual: bool) -> Assigned:
+        return Assigned(*([e for e in part if e.is_counterfactual is counterfactual] for part in (assigned.scored, assigned.excluded)))
+
+    return only(False), only(True)
+
+
+def counterfactual_metrics(assigned: Assigned, counterfactual: Assigned) -> dict[str, float]:
+    """What the meta-thinker would have earned, and the answers been worth, without the plan. {} when nothing counterfactual was played.
+
+    plan_effect is mean reward with the plan - mean reward without any. Swapped plans have none: their mean over the group is that of the
+    plans themselves, and the difference is 0 but for luck.
+    """
+    total = len(counterfactual.scored) + len(counterfactual.excluded)
+    if not total:
+        return {}
+    metrics = {"rollout/counterfactual_episodes": float(total), "reward/counterfactual_excluded_frac": len(counterfactual.excluded) / total}
+    planner = Role.META_THINKING
+    real, other = ([sum(e.turn_rewards[planner]) for e in part.scored if planner in e.turn_rewards] for part in (assigned, counterfactual))
+    if other:
+        metrics["reward/counterfactual_mean"] = sum(other) / len(other)
+        metrics["reward/counterfactual_correct_frac"] = sum(e.score["correct"] for e in counterfactual.scored) / len(counterfactual.scored)
+    if real and other and all(e.plan_of is None for e in counterfactual.scored):
+        metrics["reward/plan_effect"] = sum(real) / len(real) - sum(other) / len(other)
+    return metrics
+
+
 def reward_metrics(assigned: Assigned, judgements: Mapping[str, Judgement]) -> dict[str, float]:
-    """Means over scored episodes (reward/mean: over their traces), fractions over all; a mean over nothing is left out."""
+    """Means over scored episodes (reward/mean: over their traces), fractions over all of ``assigned``; a mean over nothing is left out."""
     scored, total = assigned.scored, len(assigned.scored) + len(assigned.excluded)
     metrics: dict[str, float] = {}
     by_role = {role: [sum(e.turn_rewards[role]) for e in scored if role in e.turn_rewards] for role in Role}
@@ -66,5 +95,5 @@ def reward_metrics(assigned: Assigned, judgements: Mapping[str, Judgement]) -> d
         metrics["reward/excluded_frac"] = len(assigned.excluded) / total
         metrics["reward/aborted_frac"] = sum(e.status is EpisodeStatus.ABORTED for e in assigned.excluded) / total
         for how in ("timeout", "crash"):
-            metrics[f"reward/verifier_{how}_frac"] = sum(j.how == how for j in judgements.values()) / total
+            metrics[f"reward/verifier_{how}_frac"] = sum(judgements[e.episode_id].how == how for e in (*scored, *assigned.excluded)) / total
     return metrics

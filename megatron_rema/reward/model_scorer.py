@@ -28,7 +28,7 @@ def add_model_scores(
 
     ``heads`` holds the K outputs of each episode by its id. An episode in which the reasoner never spoke has none: it gets the lowest
     score of the others, for no answer must not be worth more than a bad one. ``mask_unfinished_reward``: as in `assign`, an episode that
-    did not end as the protocol wants earns at most 0.0, however well it scores. Returns metrics.
+    did not end as the protocol wants earns at most 0.0, however well it scores. Returns metrics, counterfactual episodes left out.
     """
     scores = {episode_id: combine(values, ensemble) for episode_id, values in heads.items()}
     lowest = min(scores.values(), default=0.0)
@@ -38,6 +38,7 @@ def add_model_scores(
             rewards[-1] += weight * episode.score["model_score"]
             if mask_unfinished_reward and episode.status.is_cut:
                 rewards[-1] = min(rewards[-1], 0.0)
+    episodes = [episode for episode in episodes if not episode.is_counterfactual]
     if not episodes:
         return {}
     answered = [episode for episode in episodes if episode.episode_id in scores]
@@ -49,5 +50,5 @@ def add_model_scores(
     metrics = {f"reward/model/{name}": fmean(e.score["model_score"] for e in group) for name, group in groups.items() if group}
     metrics["reward/model/unanswered_frac"] = 1 - len(answered) / len(episodes)
     if answered:
-        metrics["reward/model/head_spread_mean"] = fmean(max(values) - min(values) for values in heads.values())
+        metrics["reward/model/head_spread_mean"] = fmean(max(heads[e.episode_id]) - min(heads[e.episode_id]) for e in answered)
     return metrics

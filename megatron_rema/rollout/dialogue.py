@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megatron_rema.rollout.chat import ChatFormat
+from megatron_rema.rollout.counterfactual import Counterfactuals
 from megatron_rema.types import Completion, Role, Turn
 
 TWO_ROLES, ONE_ROLE = (Role.META_THINKING, Role.REASONING), (Role.REASONING,)
@@ -38,6 +39,7 @@ class DialogueRules:
     top_p: float = 1.0
     end_on_truncated_turn: bool = True  # False: only a truncated last turn spoils the episode
     samples_per_plan: int = 1  # consecutive episodes of a prompt that answer one and the same first plan
+    counterfactuals: Counterfactuals | None = None  # further episodes of a prompt, without the plan under test
 
     def __post_init__(self) -> None:
         if self.roles not in (TWO_ROLES, ONE_ROLE):
@@ -49,6 +51,11 @@ class DialogueRules:
             raise ValueError(f"finish_marker must hold text, got {self.finish_marker!r}; None plays max_rounds rounds without a marker.")
         if self.samples_per_plan > 1 and self.roles != TWO_ROLES:
             raise ValueError(f"samples_per_plan is {self.samples_per_plan} where nobody plans: it needs both roles; set it to 1.")
+        if self.counterfactuals is not None and (self.roles != TWO_ROLES or self.max_rounds > 1 or self.samples_per_plan > 1):
+            raise ValueError(
+                f"counterfactuals with roles {tuple(map(str, self.roles))}, max_rounds {self.max_rounds} and samples_per_plan "
+                f"{self.samples_per_plan}: they need both roles, one round and one answer to a plan."
+            )
         for name, template, key in (
             ("reasoner_template", self.reasoner_template, "question"),
             ("reasoner_template", self.reasoner_template, "instruction"),
@@ -61,6 +68,17 @@ class DialogueRules:
 
     def policy_for(self, role: Role) -> str:
         return self.policy_of_role.get(role, "policy")
+
+    @property
+    def num_counterfactuals(self) -> int:
+        """Of each prompt."""
+        return 0 if self.counterfactuals is None else self.counterfactuals.num_per_group
+
+    def plan_index(self, group_index: int) -> int | None:
+        """Group index of the episode whose first plan this one follows: its own when it plans; None when it is given no plan."""
+        if self.counterfactuals is not None:
+            return self.counterfactuals.plan_index(group_index)
+        return group_index // self.samples_per_plan * self.samples_per_plan
 
     def says_finish(self, text: str) -> bool:
         return self.finish_marker is not None and self.finish_marker in text

@@ -39,7 +39,8 @@ class TurnScheduler:
     """Plays the episodes of ``starts``. Loop: submit ``next_requests()``, hand each completion to ``accept``, until ``is_done``.
 
     With ``rules.samples_per_plan`` k > 1 the episodes 0, k, 2k, ... of a prompt plan; the k - 1 after each take its first plan as their
-    own, token for token, and go on by themselves. All k of a plan must be among ``starts``.
+    own, token for token, and go on by themselves. All k of a plan must be among ``starts``. With ``rules.counterfactuals`` those episodes
+    are given another's plan in the same way, or an empty one that nobody sampled.
     """
 
     def __init__(self, starts: Sequence[tuple[Prompt, int]], *, rules: DialogueRules, chat: Chats, seed: int, step: int):
@@ -58,13 +59,17 @@ class TurnScheduler:
         planners: list[tuple[Episode, Dialogue]] = []
         for episode in self.episodes:
             dialogue = Dialogue(chat, rules, episode.prompt.question, episode.prompt.fields)
-            if episode.group_index % rules.samples_per_plan:
+            episode.counterfactual_of = self._counterfactual_of(episode)
+            if rules.plan_index(episode.group_index) in (None, episode.group_index):
+                planners.append((episode, dialogue))
+            else:
                 episode.plan_of = self._planner_of(episode, ids)
                 self._waiting[episode.plan_of].append((episode, dialogue))
-            else:
-                planners.append((episode, dialogue))
         for episode, dialogue in planners:
-            self._request_turn(episode, dialogue)
+            if rules.plan_index(episode.group_index) is None:
+                self._add(episode, dialogue, Completion(f"{episode.episode_id}/0", (), (), StopReason.STOP, weight_version=0))
+            else:
+                self._request_turn(episode, dialogue)
             if not episode.status.is_running:
                 self._ended_unasked.append(episode)
                 self._end_waiting(episode)
@@ -108,11 +113,17 @@ class TurnScheduler:
             self._request_turn(episode, dialogue)
 
     def _planner_of(self, episode: Episode, episode_ids: Counter[str]) -> str:
-        first = episode.group_index // self.rules.samples_per_plan * self.rules.samples_per_plan
-        planner = f"{self._step}/{episode.prompt.prompt_id}/{first}"
+        planner = f"{self._step}/{episode.prompt.prompt_id}/{self.rules.plan_index(episode.group_index)}"
         if planner not in episode_ids:
             raise ValueError(f"episode {episode.episode_id!r} answers the plan of {planner!r} that is not played here: keep them together.")
         return planner
+
+    def _counterfactual_of(self, episode: Episode) -> str | None:
+        rule = self.rules.counterfactuals
+        if rule is None or rule.is_factual(episode.group_index):
+            return None
+        replaced = rule.replaced_index(episode.group_index)
+        return episode.prompt.prompt_id if replaced is None else f"{self._step}/{episode.prompt.prompt_id}/{replaced}"
 
     def _end_waiting(self, planner: Episode) -> None:
         for other, _ in self._waiting.pop(planner.episode_id, ()):

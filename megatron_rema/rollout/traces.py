@@ -15,12 +15,12 @@ def traces_of(episode: Episode) -> list[Trace]:
     """One trace for each role that spoke, meta-thinker first; rewards and advantages [K] are copied where the episode has them.
 
     A plan that several episodes share is labelled in the trace of its own episode only: in the others it is context, and a meta-thinker
-    who said nothing else has no trace there.
+    who said nothing else has no trace there. Likewise the plan that a counterfactual episode was given.
     """
     traces = []
     for role in Role:
         turns = episode.turns_of(role)
-        shares_first = role is Role.META_THINKING and episode.plan_of is not None
+        shares_first = role is Role.META_THINKING and (episode.plan_of is not None or episode.is_counterfactual)
         if len(turns) > shares_first:
             rewards, advantages = episode.turn_rewards.get(role, ()), episode.advantages.get(role, ())
             for name, values in (("turn_rewards", rewards), ("advantages", advantages)):

@@ -74,6 +74,10 @@ NONE = Imperfections()
 # Mostly habits of the dialogue, which RL unlearns in a few steps; few wrong facts, which it would have to unlearn one by one.
 # `short_stop` is what the planner does more often than not: greedy decoding shows it too, the others show in samples only.
 PLANTED = Imperfections(wrong_plan=0.03, early_finish=0.06, short_stop=0.65, echo=0.08, slip=0.03, missing_box=0.15)
+# A reward model trains on shorter problems and on far more wrong facts and plans than its held-out pairs hold: each pair teaches it one bit,
+# and one wrong number among many turns is what it would never find (docs/log.md).
+PAIR_LEVELS = (1, 1, 1, 2, 3)
+PAIR_IMPERFECTIONS = Imperfections(wrong_plan=0.2, early_finish=0.06, short_stop=0.3, echo=0.04, slip=0.25, missing_box=0.08)
 
 
 @dataclass(frozen=True)
@@ -245,8 +249,8 @@ def write_task(
     num_heldout: int = 200,
     num_ood: int = 200,
     num_dialogues: int = 10000,
-    num_pairs: int = 4000,
-    num_heldout_pairs: int = 400,
+    num_pairs: int = 30000,
+    num_heldout_pairs: int = 1000,
     levels: Sequence[int] = (2, 3),
     ood_levels: Sequence[int] = (4,),
     cold_start_levels: Sequence[int] = COLD_START_LEVELS,
@@ -286,7 +290,7 @@ def write_task(
     _write_jsonl(out / "cold_start.jsonl", dialogues)
     _write_jsonl(out / "cold_start_vrp.jsonl", alone(dialogues, as_chain))
     _write_jsonl(out / "cold_start_mrp.jsonl", alone(dialogues, as_plan_and_chain))
-    _write_jsonl(out / "preferences.jsonl", write_pairs(seed, num_pairs, levels, imperfections, heldout=False))
+    _write_jsonl(out / "preferences.jsonl", write_pairs(seed, num_pairs, PAIR_LEVELS, PAIR_IMPERFECTIONS, heldout=False))
     _write_jsonl(out / "preferences_heldout.jsonl", write_pairs(seed, num_heldout_pairs, levels, imperfections, heldout=True))
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")  # last: its presence says that the folder is complete
     return manifest

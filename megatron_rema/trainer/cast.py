@@ -21,6 +21,7 @@ from megatron_rema.models.policy import ParallelModel, build_policy
 from megatron_rema.parallel import platform
 from megatron_rema.parallel.groups import Groups, build_groups
 from megatron_rema.rollout.chat import ChatFormat
+from megatron_rema.rollout.counterfactual import Counterfactuals
 from megatron_rema.rollout.dialogue import DialogueRules
 from megatron_rema.types import Engine, Role
 
@@ -69,13 +70,17 @@ def chat_formats(config: RunConfig) -> dict[Role, ChatFormat]:
 
 
 def dialogue_rules(config: RunConfig) -> DialogueRules:
-    rollout, task = config.rollout, config.task
+    rollout, task, algorithm = config.rollout, config.task, config.algorithm
+    counterfactuals = None
+    if algorithm.credit != "outcome":
+        counterfactuals = Counterfactuals(algorithm.credit, rollout.episodes_per_prompt, algorithm.counterfactual_samples)
     return DialogueRules(
         max_turn_tokens=rollout.max_turn_tokens,
         max_episode_tokens=rollout.max_episode_tokens,
         max_context_tokens=rollout.max_context_tokens,
         max_rounds=rollout.max_rounds,
         samples_per_plan=rollout.samples_per_plan,
+        counterfactuals=counterfactuals,
         roles=config.roles,
         finish_marker=task.finish_marker,
         system_prompts=task.system_prompts,

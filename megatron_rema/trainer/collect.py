@@ -30,13 +30,15 @@ def play_everywhere(
 ) -> tuple[list[Episode], dict[str, Judgement]]:
     """Every episode of ``starts`` in that order, and its judgement by episode_id; the same on every rank. A collective.
 
-    Replica r of n plays starts[r::n]: the episodes of one prompt, alike in length, spread over the replicas (those that answer one plan
-    stay together). Ranks of one replica play the same episodes (the scheduler is deterministic); the first of them verifies and speaks.
+    Replica r of n plays starts[r::n]: the episodes of one prompt, alike in length, spread over the replicas (those that follow one plan
+    are played where it is made). Ranks of one replica play the same episodes (the scheduler is deterministic); the first of them verifies
+    and speaks.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     replica, num_replicas = rank // engine_tensor, world // engine_tensor
     speaks = rank % engine_tensor == 0
-    mine = [index for index in range(len(starts)) if index // rules.samples_per_plan % num_replicas == replica]
+    places = [_planner(index, group_index, rules) for index, (_, group_index) in enumerate(starts)]
+    mine = [index for index, place in enumerate(places) if place // rules.samples_per_plan % num_replicas == replica]
     scheduler = TurnScheduler([starts[i] for i in mine], rules=rules, chat=chat, seed=seed, step=step)
 
     def progress(ended: int, tokens: int) -> None:
@@ -55,6 +57,12 @@ def play_everywhere(
     everyone = [Episode.from_json(row["episode"]) for row in gathered]
     verdicts = {e.episode_id: _judgement(row["judgement"]) for e, row in zip(everyone, gathered, strict=True)}
     return everyone, verdicts
+
+
+def _planner(index: int, group_index: int, rules: DialogueRules) -> int:
+    """Where in ``starts`` the episode stands whose plan the one at ``index`` follows."""
+    plan_index = rules.plan_index(group_index)
+    return index if plan_index is None else index + plan_index - group_index
 
 
 def _judgement(row: dict) -> Judgement:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_rema.algorithm.advantage import group_advantage, reinforce_plus_plus
-from megatron_rema.algorithm.baseline import RunningMean, ema_baseline, plan_rewards
+from megatron_rema.algorithm.baseline import RunningMean, counterfactual_advantage, ema_baseline, plan_rewards
 from megatron_rema.algorithm.gae import gae
 from megatron_rema.algorithm.kl import kl_estimate
 from megatron_rema.algorithm.masked import weighted_whiten
@@ -92,16 +92,45 @@ def majority_frequency(answers: Sequence[str | None]) -> float:
     return max(texts.values(), default=0) / len(answers)
 
 
+def credit_plans(episodes: Sequence[Episode], counterfactuals: Sequence[Episode]) -> None:
+    """Fill the meta-thinker's advantage in every episode that planned: its reward - the mean of its counterfactuals (baseline.py).
+
+    An ablated one stands for every episode of its prompt, a swapped one for one episode. Where none has a verdict nothing can be
+    compared: advantage 0. Both sides are what the reward scheme gives the meta-thinker.
+    """
+    everyone = [episode for episode in (*episodes, *counterfactuals) if Role.META_THINKING in episode.turn_rewards]
+    ablated = any(episode.counterfactual_of == episode.prompt.prompt_id for episode in counterfactuals)
+    keys = [e.counterfactual_of or (e.prompt.prompt_id if ablated else e.episode_id) for e in everyone]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    advantages_N = counterfactual_advantage(
+        torch.tensor([episode.turn_rewards[Role.META_THINKING][-1] for episode in everyone]),
+        torch.tensor([numbers[key] for key in keys], dtype=torch.long),
+        torch.tensor([episode.is_counterfactual for episode in everyone], dtype=torch.bool),
+    )
+    for episode, advantage in zip(everyone, advantages_N.tolist(), strict=True):
+        if not episode.is_counterfactual:
+            episode.advantages[Role.META_THINKING] = [advantage]
+
+
 def assign_advantages(
-    episodes: Sequence[Episode], roles: Sequence[Role], algorithm: AlgorithmConfig, baselines: Mapping[str, Sequence[float]]
+    episodes: Sequence[Episode],
+    roles: Sequence[Role],
+    algorithm: AlgorithmConfig,
+    baselines: Mapping[str, Sequence[float]],
+    *,
+    counterfactuals: Sequence[Episode] = (),
 ) -> dict[str, list[float]]:
     """Fill ``episode.advantages[role]`` ([K]) of every episode that has ``turn_rewards[role]``. Returns the baselines after this step.
 
     Group estimators compare a role's total reward with that of the same role in the other episodes of the prompt, ema with the role's
     own past (``baselines``), and give every turn of the trace that advantage; reinforce_plus_plus compares turn returns over the step.
+    With counterfactual credit a plan is compared with ``counterfactuals`` instead, whatever the estimator.
     """
     after = {role: list(pair) for role, pair in baselines.items()}
     for role in roles:
+        if role is Role.META_THINKING and algorithm.credit != "outcome":
+            credit_plans(episodes, counterfactuals)
+            continue
         played = [episode for episode in episodes if episode.turn_rewards.get(role)]
         if not played:
             continue

@@ -76,7 +76,7 @@ def evaluate_sets(
         samples = trainer.evaluation_samples if temperature > 0 else 1
         episodes, judgements = play_everywhere(
             starts_of(prompts, samples),
-            rules=replace(rules, temperature=temperature, samples_per_plan=1),
+            rules=replace(rules, temperature=temperature, samples_per_plan=1, counterfactuals=None),
             chat=chat,
             engines=engines,
             engine_tensor=config.engine.tensor,

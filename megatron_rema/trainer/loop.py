@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_rema.config import RunConfig, TrainerConfig, as_mapping
 from megatron_rema.models.policy import ParallelModel
 from megatron_rema.report.page import write_report
-from megatron_rema.reward.assign import assign, reward_metrics
+from megatron_rema.reward.assign import assign, counterfactual_metrics, reward_metrics, set_apart
 from megatron_rema.reward.behaviour import behaviour_metrics
 from megatron_rema.reward.math_verifier import Judgement, VerifierPool
 from megatron_rema.reward.model_scorer import add_model_scores
@@ -168,19 +168,22 @@ def step(study: Study) -> dict[str, float]:
     config, position, reporter = study.config, study.position, study.reporter
     begin = time.perf_counter()
     reporter.restart_clock()
-    prompts, episodes, judgements = draw(study)
+    prompts, played, judgements = draw(study)
+    sampled = sampled_tokens(played)
+    position.sampled_tokens += sampled
     for engine in study.engines.values():
         engine.sleep()
-    assigned = assign(episodes, judgements, scheme=config.reward.scheme, mask_unfinished_reward=config.reward.mask_unfinished_reward)
+    assigned = assign(played, judgements, scheme=config.reward.scheme, mask_unfinished_reward=config.reward.mask_unfinished_reward)
     penalise_overlong(assigned.scored, buffer_tokens=config.reward.overlong_buffer_tokens, max_tokens=config.rollout.max_episode_tokens)
     model_metrics = score_with_reward_model(study, assigned.scored)
+    assigned, counterfactual = set_apart(assigned)
     share_plan_rewards(assigned.scored, scheme=config.reward.scheme)
     chosen = chosen_for_training(assigned.scored, config.rollout)
     if config.algorithm.advantage != "gae":  # a critic's advantages are per token: see score
-        position.baselines = assign_advantages(chosen, config.roles, config.algorithm, position.baselines)
+        position.baselines = assign_advantages(
+            chosen, config.roles, config.algorithm, position.baselines, counterfactuals=counterfactual.scored
+        )
 
-    sampled = sampled_tokens(episodes)
-    position.sampled_tokens += sampled
     metrics: dict[str, float] = {"rollout/prompts_chosen_frac": len(group_by_prompt(chosen)) / len(prompts)}
     for policy in active_policies(study) if chosen else []:
         metrics |= train_policy(study, policy, chosen)
@@ -193,8 +196,9 @@ def step(study: Study) -> dict[str, float]:
         sync_weights(study.policies, study.engines, position.weight_version)
 
     if study.folder.writes:
-        study.folder.episodes(position.step, (episode.to_json() for episode in episodes))
-    metrics |= reward_metrics(assigned, judgements) | model_metrics
+        study.folder.episodes(position.step, (episode.to_json() for episode in played))
+    episodes = [episode for episode in played if not episode.is_counterfactual]
+    metrics |= reward_metrics(assigned, judgements) | model_metrics | counterfactual_metrics(assigned, counterfactual)
     metrics |= behaviour_metrics(episodes, config.task.finish_marker)
     metrics |= {name: reporter.seconds.get(phase, 0.0) for phase, name in _PHASES.items()}
     metrics |= {
@@ -209,22 +213,26 @@ def step(study: Study) -> dict[str, float]:
 
 
 def sampled_tokens(episodes: Sequence[Episode]) -> int:
-    """A plan that several episodes share was sampled once."""
+    """A plan that several episodes share was sampled once, by the episode that has no ``plan_of`` (as played: credit may name another)."""
     shared = sum(len(episode.turns[0].completion.token_ids) for episode in episodes if episode.plan_of is not None and episode.turns)
     return sum(episode.num_sampled_tokens for episode in episodes) - shared
 
 
 def draw(study: Study) -> tuple[list[Prompt], list[Episode], dict[str, Judgement]]:
-    """Play the step's prompts; with ``rollout.max_draws`` > 1 draw more until ``prompts_per_step`` of them are worth training on."""
+    """Play the step's prompts; with ``rollout.max_draws`` > 1 draw more until ``prompts_per_step`` of them are worth training on.
+
+    Counterfactual episodes are played with them and have no say in what is worth it.
+    """
     config, position = study.config, study.position
     rollout = config.rollout
+    per_prompt = rollout.episodes_per_prompt + study.rules.num_counterfactuals
     prompts: list[Prompt] = []
     episodes: list[Episode] = []
     judgements: dict[str, Judgement] = {}
     for _ in range(rollout.max_draws):
         prompts += study.stream.take(position.prompts_taken + len(prompts), rollout.prompts_per_step)
         played, judged = play_everywhere(
-            starts_of(prompts, rollout.episodes_per_prompt)[len(episodes) :],  # a prompt drawn twice gets episodes of other numbers
+            starts_of(prompts, per_prompt)[len(episodes) :],  # a prompt drawn twice gets episodes of other numbers
             rules=study.rules,
             chat=study.chat,
             engines=study.engines,
@@ -236,7 +244,7 @@ def draw(study: Study) -> tuple[list[Prompt], list[Episode], dict[str, Judgement
         )
         episodes += played
         judgements |= judged
-        known = [episode for episode in episodes if judgements[episode.episode_id].verdict is not Verdict.UNKNOWN]
+        known = [e for e in episodes if not e.is_counterfactual and judgements[e.episode_id].verdict is not Verdict.UNKNOWN]
         right = {episode.episode_id: float(judgements[episode.episode_id].verdict is Verdict.CORRECT) for episode in known}
         if len(inside(known, right, rollout)) >= rollout.prompts_per_step:
             break
@@ -394,7 +402,8 @@ def explain(config: RunConfig, reporter: Reporter) -> None:
     )
     reporter.say(
         f"{rollout.prompts_per_step} prompts x {rollout.episodes_per_prompt} episodes a step, {updates} update(s) per rollout; {clip}; "
-        f"roles {', '.join(config.roles)}; policies {', '.join(config.agents.policies)} ({config.agents.schedule})"
+        f"credit by {algorithm.credit}; roles {', '.join(config.roles)}; policies {', '.join(config.agents.policies)} "
+        f"({config.agents.schedule})"
     )
 
 

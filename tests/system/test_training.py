@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_rema.types import Episode, Role
@@ -116,10 +117,17 @@ def test_separate_agents_alternate_with_a_reference_each(task, tmp_path):
     assert sorted(path.name for path in (folder / "hf").iterdir()) == ["meta_thinker", "reasoner"]
 
 
-def test_a_single_agent_trains_in_one_process_with_the_same_trainer(task, tmp_path):
+def test_a_single_agent_trains_in_one_process_until_its_tokens_are_spent(task, tmp_path):
     folder = tmp_path / "run"
-    run("train", 1, *task, f"run_dir={folder}", "agents=single", "algorithm=grpo_token", "trainer.steps=1")
-    (row,) = rows(folder / "metrics.jsonl")
-    assert row["behaviour/turns_per_episode"] == 1.0
+    settings = ["agents=single", "algorithm=grpo_token", "trainer.steps=50", "trainer.token_budget=150"]
+    decay = ["optimizer.lr=0.001", "optimizer.min_lr=0", "optimizer.schedule=linear"]
+    run("train", 1, *task, f"run_dir={folder}", *settings, *decay)
+    metrics = rows(folder / "metrics.jsonl")
+    totals = [row["rollout/sampled_tokens_total"] for row in metrics]
+    assert totals[-2] < 150 <= totals[-1], "over after the step that reached the budget"
+    assert np.diff([0, *totals]).tolist() == [row["rollout/sampled_tokens"] for row in metrics]
+    # linear from 0.001 to 0 over tokens: 0.001 (1 - tokens / 150); the step that passes the budget learns nothing
+    assert [row["train/lr"] for row in metrics] == pytest.approx([max(0.0, 0.001 * (1 - total / 150)) for total in totals])
+    assert all(row["behaviour/turns_per_episode"] == 1.0 for row in metrics)
     episodes = [Episode.from_json(e) for e in rows(folder / "episodes" / "step_000001.jsonl")]
     assert {turn.role for e in episodes for turn in e.turns} == {Role.REASONING}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -65,6 +66,44 @@ def test_a_plan_with_several_answers_earns_their_agreement(task, tmp_path):
     assert metrics[1]["train/grad_norm"] > 0
 
 
+def test_a_plan_learns_from_what_the_reasoner_does_without_it(task, tmp_path):
+    metrics, episodes = two_steps(tmp_path, *task, *SINGLE_TURN, "algorithm=counterfactual", "algorithm.counterfactual_samples=2")
+    real, others = [e for e in episodes if not e.is_counterfactual], [e for e in episodes if e.is_counterfactual]
+    assert len(real) == 16 and len(others) == 8
+    assert {e.counterfactual_of for e in others} == {e.prompt.prompt_id for e in real}
+    for other in others:
+        assert other.turns[0].completion.token_ids == () and other.turns[1].role is Role.REASONING and not other.advantages
+    without = {e.prompt.prompt_id: fmean(o.turn_rewards[Role.META_THINKING][0] for o in others if o.prompt == e.prompt) for e in real}
+    for episode in real:
+        reward = episode.turn_rewards[Role.META_THINKING][0]
+        assert episode.advantages[Role.META_THINKING] == [reward - without[episode.prompt.prompt_id]]
+    reward_of = {kind: fmean(e.turn_rewards[Role.META_THINKING][0] for e in part) for kind, part in (("real", real), ("other", others))}
+    assert metrics[1]["reward/mean"] == pytest.approx(reward_of["real"]), "outcome reward, and no counterfactual in the mean"
+    assert metrics[1]["reward/plan_effect"] == pytest.approx(reward_of["real"] - reward_of["other"])
+    assert metrics[1]["rollout/episodes"] == 16 and metrics[1]["rollout/counterfactual_episodes"] == 8
+    assert metrics[1]["rollout/sampled_tokens"] == sum(e.num_sampled_tokens for e in episodes)
+    assert metrics[1]["train/grad_norm"] > 0
+
+
+def test_swapped_plans_are_answered_where_they_are_made(task, tmp_path):
+    """Two replicas, an odd number of episodes a block: plans and those who are given them come together all the same."""
+    swapped = ["algorithm=counterfactual", "algorithm.credit=swapped", "algorithm.counterfactual_samples=2", "algorithm.advantage=rloo"]
+    settings = [*task, *SINGLE_TURN, *swapped, "reward=base", "rollout.episodes_per_prompt=3"]
+    metrics, episodes = two_steps(tmp_path, *settings, ranks=2)
+    real, others = {e.episode_id: e for e in episodes if not e.is_counterfactual}, [e for e in episodes if e.is_counterfactual]
+    assert len(real) == 12 and len(others) == 24
+    for other in others:
+        assert other.counterfactual_of in real and other.counterfactual_of != other.plan_of
+        assert other.turns[0].completion.token_ids == real[other.plan_of].turns[0].completion.token_ids
+    for episode in real.values():
+        rewards = [o.turn_rewards[Role.META_THINKING][0] for o in others if o.counterfactual_of == episode.episode_id]
+        assert episode.advantages[Role.META_THINKING] == [episode.turn_rewards[Role.META_THINKING][0] - fmean(rewards)]
+    plans = sum(len(e.turns[0].completion.token_ids) for e in real.values())
+    answers = sum(len(t.completion.token_ids) for e in episodes for t in e.turns if t.role is Role.REASONING)
+    assert metrics[1]["rollout/sampled_tokens"] == plans + answers, "a plan was sampled once"
+    assert metrics[1]["train/grad_norm"] > 0
+
+
 def test_a_frozen_partner_speaks_and_is_not_updated(task, tmp_path):
     task = [o for o in task if o != "trainer.save_hf=false"]
     metrics, episodes = two_steps(tmp_path, *task, "agents=frozen_partner", "algorithm=ema", "trainer.checkpoint_every=1")
@@ -112,6 +151,36 @@ def test_a_policy_without_a_trace_is_not_updated_and_the_run_goes_on(task, tmp_p
     assert all("train/meta_thinker/loss" in row and "train/reasoner/loss" not in row for row in metrics)
     alerts = [row for row in rows(tmp_path / "run" / "alerts.jsonl") if row["alert"] == "no_trainable_trace"]
     assert alerts == [{"step": step, "alert": "no_trainable_trace", "policy": "reasoner"} for step in (1, 2)]
+
+
+OBJECTIVES = {  # what shares a ratio: overrides
+    "turn": ["algorithm.ratio_mean=arithmetic", "algorithm.aggregation=episode"],  # the paper's equations 12 and 13
+    "trace": ["algorithm=gspo"],
+    "token": ["algorithm=rloo", "algorithm.ratio_level=token", "algorithm.aggregation=constant"],
+}
+
+
+@pytest.mark.parametrize("level", OBJECTIVES)
+def test_every_ratio_moves_once_a_rollout_has_more_than_one_update(level, task, tmp_path):
+    settings = ["rollout.prompts_per_step=8", "trainer.minibatches_per_step=2", "optimizer.lr=0.001"]
+    metrics, _ = two_steps(tmp_path, *task, *OBJECTIVES[level], *settings)
+    assert all(math.isfinite(row["train/loss"]) and row["train/skipped_updates"] == 0 for row in metrics)
+    first = metrics[0]
+    # the first of the two updates has ratio 1, the second has not: the policy has moved
+    assert first["train/grad_norm"] > 0
+    assert abs(first[f"train/{level}_ratio_mean"] - 1) > 1e-6 and first["train/kl_old_k3_nats"] > 0
+
+
+def test_dr_grpo_compares_with_the_mean_and_divides_by_nothing(task, tmp_path):
+    metrics, episodes = two_steps(tmp_path, *task, "algorithm=dr_grpo")
+    means = {e.prompt.prompt_id: [] for e in episodes}
+    for episode in episodes:
+        means[episode.prompt.prompt_id].append(episode.turn_rewards[Role.REASONING][-1])
+    for episode in episodes:  # R - mean of the prompt, not divided by anything
+        rewards = means[episode.prompt.prompt_id]
+        expected = episode.turn_rewards[Role.REASONING][-1] - sum(rewards) / len(rewards)
+        assert episode.advantages[Role.REASONING] == pytest.approx([expected] * len(episode.advantages[Role.REASONING]))
+    assert all(math.isfinite(row["train/loss"]) for row in metrics)
 
 
 @pytest.fixture(scope="module")

@@ -115,6 +115,14 @@ def test_a_dialogue_without_imperfections_computes_the_answer_step_by_step(seed,
     assert not +dialogue.planted
 
 
+def test_one_agent_writes_the_same_dialogue_as_one_message():
+    texts = ["2*2", "4", "(6-4)*7:6-4", "2", "2*7", "14", FINISH_MARKER, "\\boxed{14}"]
+    assert arith.as_chain(texts) == "2*2=4\n(6-4)*7:6-4=2\n2*7=14\n\\boxed{14}"
+    assert arith.as_plan_and_chain(texts) == "*-*\n2*2=4\n(6-4)*7:6-4=2\n2*7=14\n\\boxed{14}"
+    echo = ["2*2", "4", "2*2", "4"]  # never finishes
+    assert arith.as_chain(echo) == "2*2=4\n2*2=4" and arith.as_plan_and_chain(echo) == "**\n2*2=4\n2*2=4"
+
+
 @pytest.mark.parametrize("name", [*asdict(PLANTED)])
 def test_each_imperfection_happens_at_the_stated_rate_and_alone(name):
     only = replace(arith.NONE, **{name: 0.3})

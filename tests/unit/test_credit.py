@@ -12,6 +12,7 @@ from megatron_rema.config import AlgorithmConfig, RolloutConfig
 from megatron_rema.trainer.credit import (
     assign_advantages,
     chosen_for_training,
+    credit_plans,
     generalized_advantages,
     penalise_overlong,
     share_plan_rewards,
@@ -128,3 +129,57 @@ def test_each_role_is_compared_with_its_own_past():
     after = assign_advantages(second, (META, REASONING), algorithm, restored)
     assert [e.advantages[REASONING] for e in second] == [[0.5], [0.5]]  # 1 - 0.25 / 0.5
     assert after[META] == [0.625, 0.75]  # 0.5 * 0.25 + 0.5 * 1, 0.5 * 0.5 + 0.5
+
+
+# --- without the plan under test ---------------------------------------------------------------------------------------
+
+
+def without(prompt: str, index: int, correct: float, of: str, plan_of: str | None = None) -> Episode:
+    other = episode(prompt, index, correct, plan_of=plan_of)
+    other.counterfactual_of = of
+    return other
+
+
+def test_a_plan_is_compared_with_the_prompts_answers_without_any():
+    real = [episode("a", i, right) for i, right in enumerate([1.0, 0.0, 1.0])] + [episode("b", 0, 1.0), episode("b", 1, 1.0)]
+    ablated = [without("a", 3, 1.0, "a"), without("a", 4, 0.0, "a"), without("b", 2, 0.0, "b"), without("b", 3, 0.0, "b")]
+    assign_advantages(real, (META, REASONING), AlgorithmConfig(advantage="dr_grpo", credit="ablated"), {}, counterfactuals=ablated)
+    # a: baseline (1 + 0) / 2 = 0.5; b: 0, and although all of b are right its plans earn: without them nothing was
+    assert [e.advantages[META] for e in real] == [[0.5], [-0.5], [0.5], [1.0], [1.0]]
+    # the reasoner as ever: a against its mean 2/3, b against 1; no counterfactual answer is among those compared
+    assert [e.advantages[REASONING][0] for e in real] == pytest.approx([1 / 3, -2 / 3, 1 / 3, 0.0, 0.0])
+    assert all(not other.advantages for other in ablated)
+
+
+def test_a_plan_is_compared_with_the_answers_to_the_plans_in_its_place():
+    real = [episode("a", i, right) for i, right in enumerate([1.0, 0.0, 1.0])]
+    swapped = [
+        without("a", 3, 1.0, "0/a/0", "0/a/1"), without("a", 4, 0.0, "0/a/0", "0/a/2"),
+        without("a", 5, 1.0, "0/a/1", "0/a/2"), without("a", 6, 1.0, "0/a/1", "0/a/0"),
+    ]  # fmt: skip
+    credit_plans(real, swapped)
+    # 1 - (1 + 0) / 2 and 0 - (1 + 1) / 2; of the third episode's no answer has a verdict: nothing to compare with
+    assert [e.advantages[META] for e in real] == [[0.5], [-1.0], [0.0]]
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "rloo", "ema", "reinforce_plus_plus"])
+def test_the_estimator_is_the_reasoners_and_counterfactual_credit_the_meta_thinkers(advantage):
+    def advantages(credit: str) -> tuple[list, list, dict]:
+        real = [episode("a", 0, 1.0), episode("a", 1, 0.0), episode("b", 0, 1.0), episode("b", 1, 1.0)]
+        ablated = [without("a", 2, 0.25, "a"), without("b", 2, 0.75, "b")]
+        settings = AlgorithmConfig(advantage=advantage, credit=credit)
+        after = assign_advantages(real, (META, REASONING), settings, {}, counterfactuals=ablated if credit == "ablated" else ())
+        return [e.advantages[META] for e in real], [e.advantages[REASONING] for e in real], after
+
+    planner, reasoner, after = advantages("ablated")
+    assert planner == [[0.75], [-0.25], [0.25], [0.25]]
+    assert reasoner == advantages("outcome")[1]
+    assert set(after) == ({"reasoning"} if advantage == "ema" else set()), "the meta-thinker has no running mean"
+
+
+def test_a_prompt_that_is_left_out_leaves_its_counterfactuals_out():
+    real, others = [episode("a", 0, 1.0), episode("a", 1, 0.0)], [without("b", 2, 1.0, "b"), without("a", 2, 1.0, "a")]
+    credit_plans(real, others)
+    assert [e.advantages[META] for e in real] == [[0.0], [-1.0]]
+    credit_plans([], others)
+    assert all(not e.advantages for e in others)

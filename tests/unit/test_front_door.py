@@ -45,6 +45,7 @@ def test_help_lists_every_config_group_without_loading_torch(door):
 
 
 WORLD_OF_3 = {"WORLD_SIZE": "3", "RANK": "0"}
+SINGLE_TURN = ["rollout.max_rounds=1", "task.finish_marker=null"]
 BAD_INPUT = {  # name: (overrides, environment, what the message must hold)
     "unknown key": (["rollout.rounds=3"], {}, ["rollout.rounds"]),
     "unknown group option": (["agents=three"], {}, ["agents/three", "shared"]),
@@ -69,6 +70,21 @@ BAD_INPUT = {  # name: (overrides, environment, what the message must hold)
     ),
     "one plan a prompt": (["rollout.samples_per_plan=4", "rollout.max_rounds=1"], {}, ["one plan of 4 answers", "at least 2"]),
     "agreement of one answer": (["reward=consistency"], {}, ["reward.scheme is consistency", "samples_per_plan"]),
+    "counterfactuals of later plans": (["algorithm.credit=ablated"], {}, ["credit is ablated", "max_rounds 2", "max_rounds=1"]),
+    "counterfactuals of who says finish": (
+        ["algorithm=counterfactual", "rollout.max_rounds=1"], {}, ["credit is ablated", "[FINISH]", "task.finish_marker=null"],
+    ),
+    "counterfactuals of nobody's plan": (["agents=single", "algorithm=counterfactual"], {}, ["credit is ablated", "nobody plans"]),
+    "counterfactuals beside a critic": ([*SINGLE_TURN, "algorithm=ppo", "algorithm.credit=ablated"], {}, ["credit is ablated", "gae"]),
+    "counterfactuals of several answers": (
+        [*SINGLE_TURN, "algorithm=counterfactual", "rollout.samples_per_plan=2"], {}, ["credit is ablated", "samples_per_plan 2"],
+    ),
+    "counterfactual agreement": (
+        [*SINGLE_TURN, "algorithm=counterfactual", "reward=consistency"], {}, ["credit is ablated", "reward.scheme=consistency"],
+    ),
+    "more swaps than other plans": (
+        [*SINGLE_TURN, "algorithm=counterfactual", "algorithm.credit=swapped"], {}, ["counterfactual_samples (4)", "prompt (4)", "swapped"],
+    ),
     "a penalty longer than its budget": (["reward.overlong_buffer_tokens=99999"], {}, ["buffer_tokens (99999)", "max_episode_tokens"]),
     "nobody learns": (["agents.policies.shared.trainable=false"], {}, ["no policy is trainable", "shared"]),
     "missing model folder": (["model.path=nowhere"], {}, ["model.path", "nowhere", "no such folder"]),
@@ -79,6 +95,9 @@ BAD_INPUT = {  # name: (overrides, environment, what the message must hold)
     "a judge that is not shown the answers": (["task.kind=judge"], {}, ["task.reasoner_template", "kind judge", "{answer_a}"]),
     "a lone judge that is not shown the answers": (
         ["task.kind=judge", "agents=single"], {}, ["task.solo_template", "kind judge", "{answer_a}"],
+    ),
+    "warm-up in steps of a schedule over tokens": (
+        ["trainer.token_budget=1000", "optimizer.warmup_steps=5"], {}, ["optimizer.warmup_steps is 5", "token_budget 1000"],
     ),
     "k1 as a loss": (["algorithm.kl_coef=0.1", "algorithm.kl_estimator=k1"], {}, ["algorithm.kl_estimator", "k1"]),
 }  # fmt: skip

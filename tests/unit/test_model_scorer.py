@@ -45,5 +45,14 @@ def test_a_high_score_does_not_pay_for_an_unfinished_dialogue(masked, expected):
     assert cut.turn_rewards == {role: [0.0, expected] for role in Role}
 
 
+def test_a_counterfactual_episode_is_scored_and_left_out_of_the_means():
+    real, other = episode("real", 1.0), episode("other", 0.0)
+    other.counterfactual_of = "p"
+    metrics = add_model_scores([real, other], {"real": [2.0, 1.0], "other": [-4.0, 8.0]}, weight=0.5, ensemble="min")
+    assert other.turn_rewards == {role: [0.0, -2.0] for role in Role}  # 0 + 0.5 * -4
+    assert metrics["reward/model/mean"] == 1.0 and metrics["reward/model/head_spread_mean"] == 1.0
+    assert "reward/model/mean_when_wrong" not in metrics
+
+
 def test_a_step_without_scored_episodes_has_no_model_metrics():
     assert add_model_scores([], {}, weight=1.0, ensemble="min") == {}

@@ -315,6 +315,9 @@ def test_first_middle_and_last_step_are_shown_with_every_verdict(tmp_path):
     shown = choose(run.episodes(5))
     assert [str(e.verdict) for e in shown] == ["correct"] * 2 + ["wrong"] * 3 + ["unknown"] * 2
     assert {e.status for e in shown if e.verdict is Verdict.WRONG} == {"finished", "max_rounds", "truncated"}  # ends that differ first
+    for episode in shown:
+        episode.counterfactual_of = "p"
+    assert choose(shown) == [], "a dialogue without the plan under test is not one that the agents had"
 
 
 @settings(max_examples=40, deadline=None)

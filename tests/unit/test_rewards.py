@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_rema.reward.assign import assign, reward_metrics
+from megatron_rema.reward.assign import assign, counterfactual_metrics, reward_metrics, set_apart
 from megatron_rema.reward.behaviour import behaviour_metrics, copy_ratio, leak_round, leaks_first, repetition, states_answer
 from megatron_rema.reward.math_verifier import Judgement
 from megatron_rema.types import Completion, Episode, EpisodeStatus, Prompt, Role, StopReason, Turn, Verdict
@@ -94,6 +94,35 @@ def test_reward_metrics_average_over_traces_and_leave_out_what_is_not_there():
     assert metrics["reward/reasoning/mean"] == 0.5 and metrics["reward/meta_thinking/mean"] == 1.0
     assert metrics["reward/lenient_correct_frac"] == 1.0  # known for one episode
     assert reward_metrics(assign([], {}), {}) == {}
+
+
+def without(name: str, *texts: str, of: str, plan_of: str | None = None) -> Episode:
+    other = episode(name, *texts)
+    other.counterfactual_of, other.plan_of = of, plan_of
+    return other
+
+
+def test_counterfactual_episodes_are_paid_and_stay_out_of_every_mean():
+    real = [episode("a", "Add.", "\\boxed{5}"), episode("b", "Say \\boxed{5}.", "\\boxed{5}"), episode("c", "Add.", "\\boxed{6}")]
+    others = [without("d", "", "\\boxed{6}", of="p"), without("e", "", "\\boxed{5}", of="p"), without("f", "", "?", of="p")]
+    judgements = {"a": RIGHT, "b": RIGHT, "c": WRONG, "d": WRONG, "e": RIGHT, "f": UNKNOWN}
+    assigned, counterfactual = set_apart(assign([*real, *others], judgements, scheme="base"))
+    assert assigned.scored == real and counterfactual.scored == others[:2] and counterfactual.excluded == others[2:]
+    assert [e.turn_rewards for e in others] == [{META: [0.0], REASONING: [-0.5]}, {META: [1.0], REASONING: [1.0]}, {}]
+    alone = {name: judgements[name] for name in "abc"}
+    assert reward_metrics(assigned, judgements) == reward_metrics(assign(real, alone, scheme="base"), alone)
+    # the meta-thinker: with its plan 1, -1 (a box), 0, mean 0; without it 0, 1, mean 0.5
+    assert counterfactual_metrics(assigned, counterfactual) == {
+        "rollout/counterfactual_episodes": 3.0, "reward/counterfactual_excluded_frac": pytest.approx(1 / 3),
+        "reward/counterfactual_mean": 0.5, "reward/counterfactual_correct_frac": 0.5, "reward/plan_effect": -0.5,
+    }  # fmt: skip
+
+
+def test_swapped_plans_have_a_mean_and_no_plan_effect():
+    real, other = episode("a", "Add.", "\\boxed{5}"), without("b", "Count.", "\\boxed{6}", of="a", plan_of="c")
+    metrics = counterfactual_metrics(*set_apart(assign([real, other], {"a": RIGHT, "b": WRONG})))
+    assert metrics["reward/counterfactual_mean"] == 0.0 and "reward/plan_effect" not in metrics
+    assert counterfactual_metrics(*set_apart(assign([real], {"a": RIGHT}))) == {}
 
 
 def test_an_unknown_scheme_names_the_known_ones():

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_rema.engine.scripted import ScriptedEngine
 from megatron_rema.rollout.chat import ChatFormat
+from megatron_rema.rollout.counterfactual import Counterfactuals
 from megatron_rema.rollout.dialogue import DialogueRules
 from megatron_rema.rollout.runner import play
 from megatron_rema.rollout.scheduler import TurnScheduler, starts_of, turn_seed
@@ -309,6 +310,106 @@ def test_a_shared_plan_that_is_played_elsewhere_is_refused():
         scheduler(rules(samples_per_plan=2), [(PROMPT, 1)])
     with pytest.raises(ValueError, match="samples_per_plan is 2 where nobody plans"):
         rules(samples_per_plan=2, roles=(REASONING,))
+
+
+# --- without the plan under test ---------------------------------------------------------------------------------------
+
+PLANS = ["Add.", "Count.", ""]  # of the episodes 0, 1 and 2; the last one is an end token alone
+
+
+def counterfactual_rules(kind: str, samples: int, **changes) -> DialogueRules:
+    return rules(max_rounds=1, finish_marker=None, counterfactuals=Counterfactuals(kind, 3, samples), **changes)
+
+
+def play_plans(the_rules: DialogueRules, starts: list[tuple[Prompt, int]]) -> tuple[list[Episode], dict[str, TurnRequest], list[Episode]]:
+    """All episodes, the requests by id, the episodes as they ended. An episode's plan is that of its number, its answer its id in a box."""
+
+    def answer(request: TurnRequest) -> tuple[tuple[int, ...], StopReason]:
+        group_index = int(request.request_id.split("/")[2])
+        text = PLANS[group_index % (3 + the_rules.num_counterfactuals)] if request.role is META else f"\\boxed{{{request.request_id}}}"
+        return CHAT.encode_message(text), StopReason.STOP
+
+    engine, ended = ScriptedEngine(answer), []
+    episodes = play(scheduler(the_rules, starts), {"policy": engine}, ended.append)
+    return episodes, {request.request_id: request for request in engine.requests}, ended
+
+
+def test_an_ablated_reasoner_reads_what_it_reads_after_an_empty_plan():
+    episodes, requests, ended = play_plans(counterfactual_rules("ablated", 2), starts_of([PROMPT], 5))
+    assert [[turn.text for turn in e.turns] for e in episodes] == [
+        [plan, f"\\boxed{{0/p0/{index}/1}}"] for index, plan in enumerate([*PLANS, "", ""])
+    ]
+    assert [e.counterfactual_of for e in episodes] == [None, None, None, "p0", "p0"] and {e.plan_of for e in episodes} == {None}
+    assert requests["0/p0/3/1"].token_ids == requests["0/p0/4/1"].token_ids == requests["0/p0/2/1"].token_ids
+    assert requests["0/p0/3/1"].token_ids == CHAT.opening("You solve.", "Question:\nWhat is 2 + 3?\n\nInstruction:\n")
+    assert len(requests) == 3 * 2 + 2 and len({r.seed for r in requests.values()}) == 8, "nobody is asked for the empty plan"
+    assert [e.num_sampled_tokens for e in episodes[3:]] == [len(e.turns[1].completion.token_ids) for e in episodes[3:]]
+    assert len(ended) == 5 and {e.status for e in episodes} == {EpisodeStatus.FINISHED}
+
+
+def test_a_swapped_reasoner_answers_the_plans_of_the_next_episodes_of_its_prompt():
+    episodes, requests, ended = play_plans(counterfactual_rules("swapped", 2), starts_of([PROMPT], 9))
+    # episode i and sample j stand at 3 + 2 i + j and follow plan (i + 1 + j) mod 3
+    follows = [(0, 1), (0, 2), (1, 2), (1, 0), (2, 0), (2, 1)]
+    assert [(e.counterfactual_of, e.plan_of) for e in episodes[3:]] == [(f"0/p0/{i}", f"0/p0/{plan}") for i, plan in follows]
+    for index, (_, plan) in enumerate(follows, start=3):
+        assert episodes[index].turns[0].completion.token_ids == episodes[plan].turns[0].completion.token_ids
+        assert requests[f"0/p0/{index}/1"].token_ids == requests[f"0/p0/{plan}/1"].token_ids, "exactly what the plan's own reasoner reads"
+    assert sum(r.role is META for r in requests.values()) == 3 and len(requests) == 3 + 9
+    assert len({r.seed for r in requests.values()}) == 12 and len(ended) == 9
+
+
+def test_a_prompt_drawn_twice_swaps_plans_inside_each_of_its_two_groups():
+    episodes, _, _ = play_plans(counterfactual_rules("swapped", 1), starts_of([PROMPT, PROMPT], 6))
+    assert [e.group_index for e in episodes if not e.is_counterfactual] == [0, 1, 2, 6, 7, 8]
+    assert [(e.counterfactual_of, e.plan_of) for e in episodes[9:]] == [
+        ("0/p0/6", "0/p0/7"), ("0/p0/7", "0/p0/8"), ("0/p0/8", "0/p0/6"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "size"), [("ablated", 4), ("swapped", 6)])
+def test_the_real_episodes_are_those_of_a_run_without_counterfactuals(kind, size):
+    alone, _, _ = play_plans(rules(max_rounds=1, finish_marker=None), starts_of([PROMPT], 3))
+    beside, _, _ = play_plans(counterfactual_rules(kind, 1), starts_of([PROMPT], size))
+    assert [e.to_json() for e in beside[:3]] == [e.to_json() for e in alone]
+
+
+def test_the_plan_that_a_counterfactual_episode_was_given_is_nobodys_to_train():
+    for kind, size in (("ablated", 4), ("swapped", 6)):
+        other = play_plans(counterfactual_rules(kind, 1), starts_of([PROMPT], size))[0][-1]
+        assert other.is_counterfactual and [trace.role for trace in traces_of(other)] == [REASONING]
+        assert Episode.from_json(json.loads(json.dumps(other.to_json()))) == other
+
+
+def test_a_plan_that_was_cut_or_does_not_fit_ends_those_that_were_given_it():
+    play_all = scheduler(counterfactual_rules("swapped", 1), starts_of([PROMPT], 6))
+    for request in play_all.next_requests():
+        play_all.accept(said(request, *(("Add and", StopReason.LENGTH) if request.request_id == "0/p0/1/0" else ("Add.",))))
+    assert play_all.take_ended_unasked() == [play_all.episodes[3]], "the one in place of the plan of 0"
+    assert [e.status for e in play_all.episodes if e.turns[0].text == "Add and"] == [EpisodeStatus.TRUNCATED] * 2
+    too_long = scheduler(counterfactual_rules("ablated", 1, max_context_tokens=10), starts_of([PROMPT], 4))
+    assert too_long.is_done and len(too_long.take_ended_unasked()) == 4
+    assert {e.status for e in too_long.episodes} == {EpisodeStatus.CONTEXT_OVERFLOW}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"roles": (REASONING,)}, r"roles \('reasoning',\)"),
+        ({"max_rounds": 2}, "max_rounds 2"),
+        ({"samples_per_plan": 3}, "samples_per_plan 3"),
+    ],
+)
+def test_counterfactuals_outside_a_single_turn_of_two_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        rules(**{"max_rounds": 1, "counterfactuals": Counterfactuals("ablated", 3, 1), **changes})
+
+
+def test_a_group_holds_no_more_swapped_plans_than_others():
+    with pytest.raises(ValueError, match="3 swapped plans for each of 3 episodes: a group holds 2 other plans"):
+        Counterfactuals("swapped", 3, 3)
+    with pytest.raises(ValueError, match="got 3 and 0"):
+        Counterfactuals("ablated", 3, 0)
 
 
 def test_agents_with_different_tokenizers_hear_each_other_as_text():
