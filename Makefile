@@ -6,9 +6,10 @@ TORCH_INDEX ?=
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+GOLDEN := build/golden
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install demo check test gpu bench clean
+.PHONY: help install demo check test golden gpu bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -34,6 +35,15 @@ check: $(STAMP)  ## lint, import contracts, unit tests
 
 test: check  ## every CPU test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed tests/system -q --durations=15
+
+# Others' code is installed apart (372 MB) and only these tests look into that folder.
+golden: $(GOLDEN)/.installed  ## algorithm/ against verl, TRL, OpenRLHF and pandas
+	MEGATRON_REMA_GOLDEN=$(GOLDEN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/golden -q
+
+$(GOLDEN)/.installed: $(STAMP) requirements/golden.txt
+	rm -rf $(GOLDEN)
+	$(PIP) --no-deps --target $(GOLDEN) -r requirements/golden.txt
+	touch $@
 
 gpu: $(STAMP)  ## GPU suite
 	$(BIN)/python -m pytest tests -q -m gpu

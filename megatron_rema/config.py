@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from megatron_rema.types import Role
+from megatron_rema.types import JUDGED_FIELDS, AnswerFormat, Role
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -38,7 +38,11 @@ class TaskConfig:
     train_file: str
     evaluation_files: dict[str, str]  # set name -> file
     system_prompts: dict[Role, str]  # role -> system prompt
-    reasoner_template: str  # {question} and {instruction}: the reasoner's first user message
+    reasoner_template: str  # {question} and {instruction}: the reasoner's first user message. kind judge: {answer_a} and {answer_b} too
+    solo_template: str = "{question}"  # the same where the reasoner is alone and nobody instructs it
+    # solve: an answer in \boxed{}; judge: rows hold answer_a and answer_b, answer_key the better one's letter, answered by [[A]] or [[B]]
+    kind: Literal["solve", "judge"] = "solve"
+    both_orders: bool = True  # judge: train on every row in both orders of its answers (evaluations always do)
     question_key: str = "question"
     answer_key: str = "answer"
     finish_marker: str | None = "[FINISH]"  # None: no marker, every dialogue finishes after rollout.max_rounds (single-turn ReMA)
@@ -46,6 +50,15 @@ class TaskConfig:
     cold_start_file: str | None = None  # dialogues for sft: {question, answer, turns: [{role, text}]}
     preference_file: str | None = None  # pairs for train_reward_model: {question, chosen: [turns], rejected: [turns]}
     preference_heldout_file: str | None = None
+
+    @property
+    def answer_format(self) -> AnswerFormat:
+        return AnswerFormat.LETTER if self.kind == "judge" else AnswerFormat.BOXED
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Columns that only the reasoner reads, by their names in the templates."""
+        return JUDGED_FIELDS if self.kind == "judge" else ()
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -297,6 +310,7 @@ def check(config: RunConfig, world_size: int) -> None:
     """Rules between fields that need no model: raises ConfigError. Model rules are ``Architecture.check_layout``'s."""
     _check_layout(config, world_size)
     _check_agents(config)
+    _check_templates(config)
     _check_objective(config)
     _check_credit(config)
     _check_plans(config)
@@ -343,6 +357,18 @@ def _check_agents(config: RunConfig) -> None:
         raise ConfigError(f"no policy is trainable ({', '.join(policies)}); set agents.policies.NAME.trainable=true for at least one.")
     if config.agents.schedule == "alternating" and len(policies) < 2:
         raise ConfigError("agents.schedule is 'alternating' with one policy; use agents=separate or agents.schedule=simultaneous.")
+
+
+def _check_templates(config: RunConfig) -> None:
+    """Whoever judges must be shown what it judges."""
+    name = "reasoner_template" if config.roles == tuple(Role) else "solo_template"
+    template = getattr(config.task, name)
+    for key in config.task.fields:
+        if f"{{{key}}}" not in template:
+            raise ConfigError(
+                f"task.{name} is {template!r} with task.kind {config.task.kind}; it must hold {{{key}}}, or the reasoner never sees it: "
+                "add it, or use a task of that kind (task=judge)."
+            )
 
 
 def _check_objective(config: RunConfig) -> None:

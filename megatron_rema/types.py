@@ -73,15 +73,43 @@ class Verdict(StrEnum):
     UNKNOWN = "unknown"
 
 
+class AnswerFormat(StrEnum):
+    """How an answer is written, and with that how it is judged."""
+
+    BOXED = "boxed"  # \boxed{...}: mathematics
+    LETTER = "letter"  # [[A]] or [[B]]: a judge's choice between two answers
+
+
+LETTERS = ("A", "B")
+JUDGED_FIELDS = ("answer_a", "answer_b")  # what the letters stand for, among a prompt's fields
+
+
 @dataclass(frozen=True)
 class Prompt:
-    """One problem of a data set. ``answer`` is the gold answer: only verifiers read it."""
+    """One problem of a data set. ``answer`` is the gold answer: only verifiers read it.
+
+    ``fields`` are further texts for the reasoner's first message (the answers that a judge compares): the meta-thinker never reads them.
+    ``pair_id`` ties the two orders of one comparison: the prompt_id of the one as given.
+    """
 
     prompt_id: str
     question: str
     answer: str
     level: int = 0
     subset: str = ""
+    answer_format: AnswerFormat = AnswerFormat.BOXED
+    fields: dict[str, str] = field(default_factory=dict)
+    pair_id: str = ""
+
+    @property
+    def is_swapped(self) -> bool:
+        """The other order of a comparison."""
+        return self.pair_id not in ("", self.prompt_id)
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Prompt:
+        """Rows from before a field was there get its default."""
+        return cls(**{**row, "answer_format": AnswerFormat(row.get("answer_format", AnswerFormat.BOXED))})
 
 
 @dataclass(frozen=True)
@@ -167,7 +195,7 @@ class Episode:
 
         return cls(
             episode_id=row["episode_id"],
-            prompt=Prompt(**row["prompt"]),
+            prompt=Prompt.from_json(row["prompt"]),
             group_index=row["group_index"],
             turns=[turn(t) for t in row["turns"]],
             status=EpisodeStatus(row["status"]),

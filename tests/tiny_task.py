@@ -18,14 +18,52 @@ def save_tiny_task(folder: Path) -> list[str]:
     _write(folder / "dialogues.jsonl", [{**p, "turns": dialogue(p["answer"])} for p in problems])
     _write(folder / "preferences.jsonl", [pair(p, wrong) for p in problems for wrong in range(11) if str(wrong) != p["answer"]])
     _write(folder / "preferences_heldout.jsonl", [pair(p, int(p["answer"]) + 1) for p in problems])
-    save_tiny_model(folder / "model", tokenizer=tiny_tokenizer("chatml"))
+    return [
+        *_files(folder),
+        "~task.evaluation_files.ood",
+        f"task.preference_file={folder}/preferences.jsonl",
+        f"task.preference_heldout_file={folder}/preferences_heldout.jsonl",
+        *_model(folder),
+    ]
+
+
+def save_tiny_judge_task(folder: Path) -> list[str]:
+    """The judge's task about the same sums; its answers spell their numbers as WORDS do, which no question and no plan holds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sums = [(a, b, "AB"[(a + b) % 2]) for a in range(6) for b in range(6)]
+    rows = []
+    for a, b, label in sums:
+        right, wrong = WORDS[a + b], WORDS[(a + b + 1) % len(WORDS)]
+        first, second = (right, wrong) if label == "A" else (wrong, right)
+        rows.append({"question": f"{a} + {b}", "answer_a": first, "answer_b": second, "label": label, "level": 1})
+    _write(folder / "train.jsonl", rows)
+    _write(folder / "heldout.jsonl", rows[:6])
+    turns = [[{"role": "meta_thinking", "text": "add"}, {"role": "reasoning", "text": f"[[{letter}]]"}] for letter in "AB"]
+    _write(folder / "dialogues.jsonl", [{**row, "answer": row["label"], "turns": turns[row["label"] == "B"]} for row in rows])
+    return [
+        "task=judge",
+        *_files(folder),
+        *_model(folder),
+        "rollout.max_rounds=1",
+        "task.system_prompts={meta_thinking:Plan,reasoning:Judge}",
+    ]
+
+
+WORDS = ("nil", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven")
+
+
+def _files(folder: Path) -> list[str]:
     return [
         f"task.train_file={folder}/train.jsonl",
         f"task.evaluation_files.heldout={folder}/heldout.jsonl",
-        "~task.evaluation_files.ood",
         f"task.cold_start_file={folder}/dialogues.jsonl",
-        f"task.preference_file={folder}/preferences.jsonl",
-        f"task.preference_heldout_file={folder}/preferences_heldout.jsonl",
+    ]
+
+
+def _model(folder: Path) -> list[str]:
+    """A random model, and budgets that a test can pay."""
+    save_tiny_model(folder / "model", tokenizer=tiny_tokenizer("chatml"))
+    return [
         f"model.path={folder}/model",
         "model.dtype=float32",
         "rollout.prompts_per_step=4",

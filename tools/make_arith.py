@@ -1,4 +1,5 @@
-"""Writes the arith task: problems, cold-start dialogues with planted imperfections, and a model folder with config and tokenizer.
+"""Writes the arith task: problems, cold-start dialogues with planted imperfections, and a model folder with config and tokenizer; and
+beside it the judge's task about the same arithmetic.
 
 python tools/make_arith.py data/arith
 """
@@ -9,6 +10,7 @@ import sys
 from dataclasses import asdict
 
 from megatron_rema.tasks.arith import COLD_START_LEVELS, PLANTED, Imperfections, write_task
+from megatron_rema.tasks.arith_judge import write_judge_task
 
 
 def main() -> None:
@@ -26,6 +28,9 @@ def main() -> None:
         default=1000,
         help="preference pairs about held-out problems, with the imperfections of the dialogues",
     )
+    parser.add_argument("--num-judge-train", type=int, default=2000, help="comparisons of two solutions to train a judge on")
+    parser.add_argument("--num-judge-heldout", type=int, default=200, help="comparisons about held-out problems")
+    parser.add_argument("--num-judge-dialogues", type=int, default=10000, help="written dialogues of the judge's cold start")
     parser.add_argument("--levels", type=int, nargs="+", default=[2, 3], help="operations per problem, train and held-out")
     parser.add_argument("--ood-levels", type=int, nargs="+", default=[4], help="operations per harder problem")
     parser.add_argument(
@@ -36,8 +41,10 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     out_dir = arguments.pop("out_dir")
     try:
+        judge = {name: arguments.pop(f"num_judge_{name.removeprefix('num_')}") for name in ("num_train", "num_heldout", "num_dialogues")}
         imperfections = Imperfections(**{name: arguments.pop(name) for name in asdict(PLANTED)})
         manifest = write_task(out_dir, imperfections=imperfections, **arguments)
+        write_judge_task(out_dir, seed=arguments["seed"], levels=arguments["levels"], **judge)
     except ValueError as error:
         sys.exit(f"make_arith: {error}")
     print(json.dumps(manifest, indent=2))

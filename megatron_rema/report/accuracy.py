@@ -1,10 +1,12 @@
 """What many samples of many problems say of accuracy: avg@k with its interval, pass@k, majority@k. Pure numbers: no torch, no verifier.
 
-The unit is the problem: its samples share the question and are not independent, so means and intervals are over problems.
+The unit is the problem: its samples share the question and are not independent, so means and intervals are over problems. Problems that
+belong together (both orders of a judge's comparison) count as one there.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb, nan
@@ -23,6 +25,7 @@ class Problem:
 
     right: Sequence[float]  # 1.0 or 0.0 each
     majority_right: bool | None = None  # None: was not asked for
+    cluster: str | None = None  # problems of the same cluster are not independent of each other; None: stands alone
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Accuracy:
     num_samples: int
     fewest: int  # samples of a problem
     most: int
-    mean: float  # avg@k: mean over problems of the fraction right
+    mean: float  # avg@k: mean over problems (clusters of them) of the fraction right
     low: float
     high: float
     pass_at: dict[int, float]  # k -> pass@k over the problems with at least k samples
@@ -86,7 +89,10 @@ def summary(problems: Sequence[Problem]) -> Accuracy:
     if not problems:
         return Accuracy(0, 0, 0, 0, nan, nan, nan, {}, {}, None)
     counts = [(len(problem.right), round(sum(problem.right))) for problem in problems]
-    means = [fmean(problem.right) for problem in problems]
+    clusters: defaultdict[str | int, list[float]] = defaultdict(list)
+    for index, problem in enumerate(problems):
+        clusters[index if problem.cluster is None else problem.cluster].append(fmean(problem.right))
+    means = [fmean(members) for members in clusters.values()]
     most = max(n for n, _ in counts)
     passes = {k: [pass_at_k(n, c, k) for n, c in counts if n >= k] for k in sizes(most)}
     majorities = [float(problem.majority_right) for problem in problems if problem.majority_right is not None]

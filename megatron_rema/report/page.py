@@ -12,6 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from megatron_rema.report.judging import FIGURES
 from megatron_rema.report.plots import draw_plots
 from megatron_rema.report.run_folder import Row, Run, Series, read_run
 from megatron_rema.report.transcript import SHADES, transcripts_html
@@ -139,6 +140,7 @@ def evaluations_html(run: Run) -> str:
             _optional(row, "finished_frac"),
             f"{row.get('num_problems', '?')} \u00d7 {row.get('samples_per_problem', '?')}",
             f"{row['temperature']:g}" if isinstance(row.get("temperature"), int | float) else "",
+            *(_estimate(row, name) for name in FIGURES.values()),
             ", ".join(f"{level}: {value:.2f}" for level, value in (row.get("level_accuracy") or {}).items()),
         ]
         for label, rows in run.evaluations_by_set().items()
@@ -153,6 +155,7 @@ def evaluations_html(run: Run) -> str:
         "finished",
         "problems \u00d7 samples",
         "temperature",
+        *FIGURES,
         "accuracy by level",
     )
     filled = [index for index in range(len(header)) if any(row[index] not in ("", "no interval") for row in rows)]
@@ -244,6 +247,12 @@ def _interval(row: Row) -> str:
 
 def _optional(row: Row, key: str) -> str:
     return f"{row[key]:.3f}" if isinstance(row.get(key), int | float) else ""
+
+
+def _estimate(row: Row, name: str) -> str:
+    """One of a judge's figures, with its interval."""
+    found = (row.get("judging") or {}).get(name)
+    return f"{found['mean']:.3f} {_interval(found)}" if found else ""
 
 
 def _percent(fraction: float) -> str:

@@ -8,6 +8,9 @@ words         it multiplies their letters, so that ``last`` would be ``salt``: w
 bases         it drops the base of 4210_5, so that 4210_6 would be the same: where both sides state a base, digits and base must agree
 small numbers it compares to 6 (exact ones: 15) decimals, so that 5e-34 would be 6.63e-34: here the zeros after the point do not count
 percent       it cannot read 70\\% alone: here it equals 70 (what was asked for in percent) and 0.7 (its value)
+
+A judge's answer is a letter, [[A]] or [[B]]: the last one of the message counts, as the last box does, so that naming both gains nothing
+and a message may quote its instructions first. Exactly so written: [[a]], [A] or [[C]] (a tie) are no answer, hence wrong.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from megatron_rema.types import Verdict
+from megatron_rema.types import LETTERS, AnswerFormat, Verdict
 
 INTEGER = re.compile(r"[+-]?\d{1,1000}")
+LETTER = re.compile(rf"\[\[({'|'.join(LETTERS)})\]\]")
 WORD = re.compile(r"[A-Za-z]{4,}")
 IN_BASE = re.compile(r"([0-9A-F]+)_\{?(\d+)\}?")
 PERCENT = re.compile(r"([^%]*[^%\\\s])\s*\\?%")
@@ -55,6 +59,17 @@ def last_box(text: str) -> str | None:
     return None
 
 
+def last_letter(text: str) -> str | None:
+    """The last of [[A]] and [[B]] in the text; None when there is neither."""
+    letters = LETTER.findall(text)
+    return letters[-1] if letters else None
+
+
+def last_answer(text: str, answer_format: AnswerFormat) -> str | None:
+    """What the last answer of the text says, in the format asked for; None when it holds none."""
+    return last_letter(text) if answer_format is AnswerFormat.LETTER else last_box(text)
+
+
 def boxed(content: str) -> str:
     return f"\\boxed{{{content}}}"
 
@@ -83,6 +98,11 @@ def quick_verdict(text: str, gold: str) -> Verdict | None:
     if INTEGER.fullmatch(box) and INTEGER.fullmatch(gold):
         return _verdict(int(box) == int(gold))
     return None
+
+
+def letter_verdict(text: str, gold: str) -> Verdict:
+    """Is the last letter of the text the gold one? No letter is WRONG; a gold answer that is no letter decides nothing: UNKNOWN."""
+    return _verdict(last_letter(text) == gold) if gold in LETTERS else Verdict.UNKNOWN
 
 
 def verify(answer: str, gold: str) -> Verdict:

@@ -9,32 +9,43 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from megatron_rema.reward.answers import last_box
-from megatron_rema.types import Action, Episode, EpisodeStatus, Role, Turn, Verdict
+from megatron_rema.reward.answers import last_box, last_letter
+from megatron_rema.reward.components import final_answer
+from megatron_rema.types import LETTERS, Action, AnswerFormat, Episode, EpisodeStatus, Role, Turn, Verdict
 
 NGRAM = 4
 
 
-def states_answer(text: str, gold: str) -> bool:
-    """The gold answer stands in the text on its own (42, not the 42 of 142, 42.5 or x42), or the text holds a box."""
+def states_answer(text: str, gold: str, answer_format: AnswerFormat = AnswerFormat.BOXED) -> bool:
+    """The gold answer stands in the text on its own (42, not the 42 of 142, 42.5 or x42), or the text holds a box.
+
+    Of a judge: the text holds a letter in brackets, right or wrong. A plan that does dictates a choice between answers it has not seen;
+    the bare letter is also a word, and says nothing.
+    """
+    if answer_format is AnswerFormat.LETTER:
+        return last_letter(text) is not None
     gold = gold.strip()
     return last_box(text) is not None or re.search(rf"(?<![\w.]){re.escape(gold)}(?!\w|\.\d)", text) is not None
 
 
 def leak_round(episode: Episode) -> int | None:
-    """Round of the first meta-thinker message that holds the gold answer or a box; None when none does."""
-    leaks = (t.round_index for t in episode.turns_of(Role.META_THINKING) if states_answer(t.text, episode.prompt.answer))
+    """Round of the first meta-thinker message that states an answer (see `states_answer`); None when none does."""
+    leaks = (turn.round_index for turn in episode.turns_of(Role.META_THINKING) if _states(episode, turn.text))
     return next(leaks, None)
 
 
 def leaks_first(episode: Episode) -> bool:
     """The meta-thinker leaks what neither the question nor an earlier reasoner message says: it solves instead of planning."""
-    if states_answer(episode.prompt.question, episode.prompt.answer):
+    if _states(episode, episode.prompt.question):
         return False
     for turn in episode.turns:
-        if states_answer(turn.text, episode.prompt.answer):
+        if _states(episode, turn.text):
             return turn.role is Role.META_THINKING
     return False
+
+
+def _states(episode: Episode, text: str) -> bool:
+    return states_answer(text, episode.prompt.answer, episode.prompt.answer_format)
 
 
 def copy_ratio(text: str, source: str) -> float | None:
@@ -58,6 +69,7 @@ def behaviour_metrics(episodes: Sequence[Episode], finish_marker: str | None, *,
     """All counters, as ``behaviour/...`` metrics.
 
     Over episodes: end/*, finish_round*, meta_thinking/leak_*, reasoning/marker_rate (an end, a round, a leak, a marker in it).
+    Over episodes that end in a judge's letter: reasoning/chose_a_rate (one half where the better answer, not the first one, is chosen).
     Over messages of the role: empty_rate, copy_ratio (against the partner's message just heard), repetition, tokens_per_turn.
     Over messages of the meta-thinker, with ``json_actions``: action_*_frac (invalid: cut before the action was whole), which sum to 1.
     """
@@ -85,6 +97,8 @@ def behaviour_metrics(episodes: Sequence[Episode], finish_marker: str | None, *,
     for name, leaked in (("accuracy_given_leak", True), ("accuracy_given_no_leak", False)):
         alike = [e.verdict for e, leak in zip(planned, leaks, strict=True) if (leak is not None) is leaked]
         mean(f"meta_thinking/{name}", [verdict is Verdict.CORRECT for verdict in alike if verdict in (Verdict.CORRECT, Verdict.WRONG)])
+    letters = [final_answer(e) for e in episodes if e.prompt.answer_format is AnswerFormat.LETTER]
+    mean("reasoning/chose_a_rate", [letter == LETTERS[0] for letter in letters if letter is not None])
     if finish_marker is not None:
         answered = [e for e in planned if e.turns_of(Role.REASONING)]
         mean("reasoning/marker_rate", [any(finish_marker in t.text for t in e.turns_of(Role.REASONING)) for e in answered])

@@ -7,22 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatron_rema.reward.answers import last_box
+from megatron_rema.reward.answers import last_answer
 from megatron_rema.reward.math_verifier import Judgement
-from megatron_rema.types import Episode, Role, Verdict
+from megatron_rema.types import Episode, Role, Turn, Verdict
 
 Scheme = Callable[[dict[str, float]], dict[Role, float]]
 
 
+def final_answer(episode: Episode) -> str | None:
+    """What the last answer of the reasoner's last message says, in the prompt's format; None when it says nothing."""
+    messages = episode.turns_of(Role.REASONING)
+    answer = last_answer(messages[-1].text, episode.prompt.answer_format) if messages else None
+    return answer if answer is not None and answer.strip() else None
+
+
 def components_of(episode: Episode, judgement: Judgement) -> dict[str, float]:
     """1.0 or 0.0 each. correct: strict verdict; lenient_correct: only if it was asked for and known; finished: ended as the protocol wants;
-    answer_format: the reasoner's last message holds a box; plan_has_answer_format: some meta-thinker's message does."""
+    answer_format: the reasoner's last message holds an answer in the prompt's format (a box, a judge's letter);
+    plan_has_answer_format: some meta-thinker's message does."""
+
+    def in_format(turn: Turn) -> bool:
+        return last_answer(turn.text, episode.prompt.answer_format) is not None
+
     answers = episode.turns_of(Role.REASONING)
     score = {
         "correct": float(judgement.verdict is Verdict.CORRECT),
         "finished": float(episode.status.is_finished),
-        "answer_format": float(bool(answers) and last_box(answers[-1].text) is not None),
-        "plan_has_answer_format": float(any(last_box(turn.text) is not None for turn in episode.turns_of(Role.META_THINKING))),
+        "answer_format": float(bool(answers) and in_format(answers[-1])),
+        "plan_has_answer_format": float(any(map(in_format, episode.turns_of(Role.META_THINKING)))),
     }
     if judgement.lenient not in (None, Verdict.UNKNOWN):
         score["lenient_correct"] = float(judgement.lenient is Verdict.CORRECT)

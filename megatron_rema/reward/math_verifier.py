@@ -21,8 +21,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from megatron_rema.reward.answers import boxed, last_box, majority_is_right, quick_verdict
-from megatron_rema.types import Episode, Role, Verdict
+from megatron_rema.reward.answers import boxed, last_box, letter_verdict, majority_is_right, quick_verdict
+from megatron_rema.types import AnswerFormat, Episode, Role, Verdict
 
 START_TIMEOUT_S = 120.0
 MEMORY_LIMIT_BYTES = 4 << 30  # 9^{9^{9^9}} must not take the machine down
@@ -35,7 +35,8 @@ Votes = Sequence[tuple[bool, str | None]]  # of a problem's samples: right, and 
 @dataclass(frozen=True)
 class Judgement:
     """``verdict`` is the strict one. ``lenient`` is None when it was not asked for. ``how`` (of the strict
-    one): quick, verified, timeout or crash. UNKNOWN and quick: the gold answer is blank; and verified: it cannot be read."""
+    one): quick, verified, timeout or crash. UNKNOWN and quick: the gold answer is blank (a judge's: no letter); and verified: it cannot be
+    read."""
 
     verdict: Verdict
     lenient: Verdict | None
@@ -60,17 +61,19 @@ class VerifierPool:
     def submit(self, episode: Episode) -> None:
         """Judge the reasoner's LAST message; without one the answer is empty."""
         messages = episode.turns_of(Role.REASONING)
-        self.submit_answer(episode.episode_id, messages[-1].text if messages else "", episode.prompt.answer)
+        prompt = episode.prompt
+        self.submit_answer(episode.episode_id, messages[-1].text if messages else "", prompt.answer, prompt.answer_format)
 
-    def submit_answer(self, key: str, text: str, gold: str) -> None:
+    def submit_answer(self, key: str, text: str, gold: str, answer_format: AnswerFormat = AnswerFormat.BOXED) -> None:
         if key in self._pending:
             raise ValueError(f"{key!r} was submitted before: every answer needs a key of its own until collect().")
-        self._pending[key] = self._start(text, gold)
+        self._pending[key] = self._start(text, gold, answer_format)
 
     def stream(
-        self, items: Iterable[Item], of: Callable[[Item], tuple[str, str]], *, window: int = 1024
+        self, items: Iterable[Item], of: Callable[[Item], tuple[str, str] | tuple[str, str, AnswerFormat]], *, window: int = 1024
     ) -> Iterator[tuple[Item, Judgement]]:
-        """(item, judgement of its ``of(item)`` = (text, gold)) in the order of ``items``, which are read at most ``window`` ahead."""
+        """(item, judgement of its ``of(item)`` = (text, gold), or (text, gold, answer format)) in the order of ``items``, which are read at
+        most ``window`` ahead."""
         return self._ahead(items, lambda item: self._start(*of(item)), window)
 
     def majorities(
@@ -100,7 +103,9 @@ class VerifierPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self, text: str, gold: str) -> Judgement | Future[Judgement]:
+    def _start(self, text: str, gold: str, answer_format: AnswerFormat = AnswerFormat.BOXED) -> Judgement | Future[Judgement]:
+        if answer_format is AnswerFormat.LETTER:  # a letter is right or wrong: nothing to compute, nothing to be lenient about
+            return Judgement(letter_verdict(text, gold), None, "quick")
         quick = quick_verdict(text, gold)
         needs_lenient = self._lenient and quick is Verdict.WRONG and text.strip()
         if quick is None or needs_lenient:

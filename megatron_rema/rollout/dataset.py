@@ -9,7 +9,7 @@ import json
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from megatron_rema.types import Prompt, Role
 
 @dataclass(frozen=True)
 class WrittenDialogue:
-    """A dialogue given as texts, for the cold start. ``turns`` alternate as in an episode."""
+    """A dialogue given as texts, for the cold start. ``turns`` alternate as in an episode; ``fields`` are a Prompt's."""
 
     question: str
     answer: str
     turns: tuple[tuple[Role, str], ...]
+    fields: dict[str, str] = field(default_factory=dict)
 
 
 def read_prompts(
@@ -33,9 +34,14 @@ def read_prompts(
     id_key: str | None = None,
     level_key: str = "level",
     subset_key: str = "subset",
+    field_keys: Sequence[str] = (),
+    answers: Sequence[str] | None = None,
     limit: int | None = None,
 ) -> list[Prompt]:
-    """Problems of one file. ``level_key`` and ``subset_key`` may be missing; without ``id_key`` ids are file name and line."""
+    """Problems of one file. ``level_key`` and ``subset_key`` may be missing; without ``id_key`` ids are file name and line.
+
+    ``field_keys``: further columns, for the prompt's ``fields``. ``answers``: what an answer may be; None: any text.
+    """
     prompts: list[Prompt] = []
     first_line: dict[str, str] = {}
     for where, number, row in rows_of(path):
@@ -44,9 +50,12 @@ def read_prompts(
             raise ValueError(f"{where}: field {id_key!r} is {prompt_id!r} as in {first_line[prompt_id]}: ids must be unique in a file.")
         first_line[prompt_id] = where
         question, answer = text_field(row, question_key, where), text_field(row, answer_key, where)
+        if answers is not None and answer not in answers:
+            raise ValueError(f"{where}: field {answer_key!r} must be one of {list(answers)}, got {brief(answer)}.")
         subset = row.get(subset_key)
         level = _level(row.get(level_key), level_key, where)
-        prompts.append(Prompt(prompt_id, question, answer, level, "" if subset is None else str(subset)))
+        fields = _fields(row, field_keys, where)
+        prompts.append(Prompt(prompt_id, question, answer, level, "" if subset is None else str(subset), fields=fields))
         if len(prompts) == limit:
             break
     if not prompts:
@@ -62,12 +71,19 @@ class WrittenPair:
     chosen: tuple[tuple[Role, str], ...]
     rejected: tuple[tuple[Role, str], ...]
     margin: float = 0.0
+    fields: dict[str, str] = field(default_factory=dict)
 
 
-def read_dialogues(path: str | Path) -> list[WrittenDialogue]:
-    """Rows {"question", "answer", "turns": [{"role", "text"}, ...]}: meta_thinking and reasoning in turn, or reasoning once."""
+def read_dialogues(path: str | Path, *, field_keys: Sequence[str] = ()) -> list[WrittenDialogue]:
+    """Rows {"question", FIELD_KEYS..., "answer", "turns": [{"role", "text"}, ...]}: meta_thinking and reasoning in turn, or reasoning
+    once."""
     dialogues = [
-        WrittenDialogue(text_field(row, "question", where), text_field(row, "answer", where), _turns(row, "turns", where))
+        WrittenDialogue(
+            text_field(row, "question", where),
+            text_field(row, "answer", where),
+            _turns(row, "turns", where),
+            _fields(row, field_keys, where),
+        )
         for where, _, row in rows_of(path)
     ]
     if not dialogues:
@@ -75,15 +91,21 @@ def read_dialogues(path: str | Path) -> list[WrittenDialogue]:
     return dialogues
 
 
-def read_pairs(path: str | Path) -> list[WrittenPair]:
-    """Rows {"question", "chosen": [{"role", "text"}, ...], "rejected": [...]}, and optionally "margin"."""
+def read_pairs(path: str | Path, *, field_keys: Sequence[str] = ()) -> list[WrittenPair]:
+    """Rows {"question", FIELD_KEYS..., "chosen": [{"role", "text"}, ...], "rejected": [...]}, and optionally "margin"."""
     pairs = []
     for where, _, row in rows_of(path):
         margin = row.get("margin", 0.0)
         if not isinstance(margin, int | float) or isinstance(margin, bool):
             raise ValueError(f"{where}: field 'margin' must be a number, got {brief(margin)}.")
         pairs.append(
-            WrittenPair(text_field(row, "question", where), _turns(row, "chosen", where), _turns(row, "rejected", where), float(margin))
+            WrittenPair(
+                text_field(row, "question", where),
+                _turns(row, "chosen", where),
+                _turns(row, "rejected", where),
+                float(margin),
+                _fields(row, field_keys, where),
+            )
         )
     if not pairs:
         raise ValueError(f"{path}: no rows. Give a file with at least one pair.")
@@ -171,6 +193,10 @@ def text_field(row: dict[str, Any], key: str, where: str, *, shown_as: str | Non
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where}: field {name!r} must be text that is not blank, got {brief(value)}.")
     return value
+
+
+def _fields(row: dict[str, Any], keys: Sequence[str], where: str) -> dict[str, str]:
+    return {key: text_field(row, key, where) for key in keys}
 
 
 def _level(value: Any, key: str, where: str) -> int:

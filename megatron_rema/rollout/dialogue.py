@@ -2,6 +2,9 @@
 
 meta-thinker: system S_h, user x, assistant m_1, user y_1, assistant m_2, ...          Source: ReMA arXiv:2503.09501 section 3.
 reasoner:     system S_l, user "question x + instruction m_1", assistant y_1, user m_2, assistant y_2, ...
+
+Further texts of a prompt (the two answers that a judge compares) stand in the reasoner's first message only: the meta-thinker learns of
+them what the reasoner says.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from megatron_rema.rollout.counterfactual import Counterfactuals
 from megatron_rema.types import Completion, Role, Turn
 
 TWO_ROLES, ONE_ROLE = (Role.META_THINKING, Role.REASONING), (Role.REASONING,)
+NO_FIELDS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class DialogueRules:
     system_prompts: Mapping[Role, str] = field(default_factory=dict)  # missing = no system message
     policy_of_role: Mapping[Role, str] = field(default_factory=dict)  # missing = "policy"
     reasoner_template: str = "Question:\n{question}\n\nInstruction:\n{instruction}"
+    solo_template: str = "{question}"  # the reasoner's first user message where nobody instructs it
     temperature: float = 1.0
     top_p: float = 1.0
     end_on_truncated_turn: bool = True  # False: only a truncated last turn spoils the episode
@@ -55,9 +60,13 @@ class DialogueRules:
                 f"counterfactuals with roles {tuple(map(str, self.roles))}, max_rounds {self.max_rounds} and samples_per_plan "
                 f"{self.samples_per_plan}: they need both roles, one round and one answer to a plan."
             )
-        missing = [name for name in ("question", "instruction") if f"{{{name}}}" not in self.reasoner_template]
-        if missing:
-            raise ValueError(f"reasoner_template must hold {{{missing[0]}}}, got {self.reasoner_template!r}.")
+        for name, template, key in (
+            ("reasoner_template", self.reasoner_template, "question"),
+            ("reasoner_template", self.reasoner_template, "instruction"),
+            ("solo_template", self.solo_template, "question"),
+        ):
+            if f"{{{key}}}" not in template:
+                raise ValueError(f"{name} must hold {{{key}}}, got {template!r}.")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"temperature must be >= 0 and top_p in (0, 1], got {self.temperature} and {self.top_p}.")
 
@@ -82,10 +91,12 @@ class DialogueRules:
     def says_finish(self, text: str) -> bool:
         return self.finish_marker is not None and self.finish_marker in text
 
-    def first_instruction(self, question: str, instruction: str) -> str:
-        """The reasoner's first user message. One pass: braces inside the messages stay as they are."""
-        messages = {"question": question, "instruction": instruction}
-        return re.sub(r"\{(question|instruction)\}", lambda match: messages[match[1]], self.reasoner_template)
+    def first_message(self, question: str, instruction: str | None, fields: Mapping[str, str] = NO_FIELDS) -> str:
+        """The reasoner's first user message; ``instruction`` is None where it is alone. One pass: braces inside the texts, and names in
+        the template that nobody filled, stay as they are."""
+        texts = {**fields, "question": question} | ({} if instruction is None else {"instruction": instruction})
+        template = self.solo_template if instruction is None else self.reasoner_template
+        return re.sub(r"\{(\w+)\}", lambda match: texts.get(match[1], match[0]), template)
 
 
 Chats = ChatFormat | Mapping[Role, ChatFormat]  # one chat format for everyone, or one a role: agents may have different tokenizers
@@ -103,9 +114,9 @@ class Dialogue:
     its output does. The speaker's own view keeps the sampled tokens.
     """
 
-    def __init__(self, chats: Chats, rules: DialogueRules, question: str):
+    def __init__(self, chats: Chats, rules: DialogueRules, question: str, fields: Mapping[str, str] = NO_FIELDS):
         self.turns: list[Turn] = []
-        self._chats, self._rules, self._question = chats, rules, question
+        self._chats, self._rules, self._question, self._fields = chats, rules, question, fields
         self._views: dict[Role, tuple[int, ...]] = dict.fromkeys(rules.roles, ())
         self._context: tuple[int, ...] | None = None  # what the next speaker hears, encoded when first asked for
 
@@ -142,9 +153,7 @@ class Dialogue:
         return turn
 
     def _message_for_next(self) -> str:
-        if not self.turns:
-            return self._question
-        heard = self.turns[-1].text
-        if self.next_role is Role.REASONING and len(self.turns) == 1:
-            return self._rules.first_instruction(self._question, heard)
-        return heard
+        heard = self.turns[-1].text if self.turns else None
+        if self.next_role is Role.REASONING and not self._views[Role.REASONING]:
+            return self._rules.first_message(self._question, heard, self._fields)
+        return self._question if heard is None else heard

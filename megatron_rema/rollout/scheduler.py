@@ -58,7 +58,7 @@ class TurnScheduler:
         self._waiting: defaultdict[str, list[tuple[Episode, Dialogue]]] = defaultdict(list)  # for the plan of the episode of that id
         planners: list[tuple[Episode, Dialogue]] = []
         for episode in self.episodes:
-            dialogue = Dialogue(chat, rules, episode.prompt.question)
+            dialogue = Dialogue(chat, rules, episode.prompt.question, episode.prompt.fields)
             episode.counterfactual_of = self._counterfactual_of(episode)
             if rules.plan_index(episode.group_index) in (None, episode.group_index):
                 planners.append((episode, dialogue))

@@ -5,9 +5,9 @@ A trace's tokens are the very ids that the engine read and sampled: each turn's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from megatron_rema.rollout.dialogue import Chats, Dialogue, DialogueRules, chat_of
+from megatron_rema.rollout.dialogue import NO_FIELDS, Chats, Dialogue, DialogueRules, chat_of
 from megatron_rema.types import Completion, Episode, Role, StopReason, Trace, Turn
 
 
@@ -30,14 +30,20 @@ def traces_of(episode: Episode) -> list[Trace]:
 
 
 def traces_of_dialogue(
-    chat: Chats, rules: DialogueRules, question: str, turns: Sequence[tuple[Role, str]], *, episode_id: str = ""
+    chat: Chats,
+    rules: DialogueRules,
+    question: str,
+    turns: Sequence[tuple[Role, str]],
+    *,
+    fields: Mapping[str, str] = NO_FIELDS,
+    episode_id: str = "",
 ) -> list[Trace]:
     """Traces of a WRITTEN dialogue (cold start): each text and its end token count as sampled; the contexts are those of RL.
 
     Raises ValueError when the speakers are not those that ``rules`` ask for, in turn, and for a message that is not the JSON action
     which they ask for. Log-probabilities are 0.0.
     """
-    dialogue = Dialogue(chat, rules, question)
+    dialogue = Dialogue(chat, rules, question, fields)
     for number, (role, text) in enumerate(turns):
         if role is not dialogue.next_role:
             expected = str(dialogue.next_role)

@@ -74,7 +74,7 @@ NONE = Imperfections()
 # Mostly habits of the dialogue, which RL unlearns in a few steps; few wrong facts, which it would have to unlearn one by one.
 # `short_stop` is what the planner does more often than not: greedy decoding shows it too, the others show in samples only.
 PLANTED = Imperfections(wrong_plan=0.03, early_finish=0.06, short_stop=0.65, echo=0.08, slip=0.03, missing_box=0.15)
-# A reward model trains on shorter problems and on far more wrong facts and plans than its held-out pairs hold: each pair teaches it one bit,
+# A reward model trains on shorter problems and far more wrong facts and plans than its held-out pairs hold: each pair teaches it one bit,
 # and one wrong number among many turns is what it would never find (docs/log.md).
 PAIR_LEVELS = (1, 1, 1, 2, 3)
 PAIR_IMPERFECTIONS = Imperfections(wrong_plan=0.2, early_finish=0.06, short_stop=0.3, echo=0.04, slip=0.25, missing_box=0.08)

@@ -87,6 +87,7 @@ def dialogue_rules(config: RunConfig) -> DialogueRules:
         system_prompts=task.system_prompts,
         policy_of_role=config.policy_of_role,
         reasoner_template=task.reasoner_template,
+        solo_template=task.solo_template,
         temperature=rollout.temperature,
         top_p=rollout.top_p,
     )

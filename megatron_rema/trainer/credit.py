@@ -16,8 +16,9 @@ from megatron_rema.algorithm.masked import weighted_whiten
 from megatron_rema.algorithm.selection import within_success_rate
 from megatron_rema.algorithm.shaping import overlong_penalty
 from megatron_rema.config import AlgorithmConfig, RolloutConfig
-from megatron_rema.reward.answers import last_box, normalised
-from megatron_rema.types import Episode, Role, Trace, Turn
+from megatron_rema.reward.answers import normalised
+from megatron_rema.reward.components import final_answer
+from megatron_rema.types import Episode, Role, Trace
 
 
 def group_by_prompt(episodes: Sequence[Episode]) -> dict[str, list[Episode]]:
@@ -74,7 +75,7 @@ def share_plan_rewards(episodes: Sequence[Episode], *, scheme: str) -> None:
         if planner.plan_of is None and not others and scheme != "consistency":
             continue
         if scheme == "consistency":
-            worth = majority_frequency([episode.turns_of(Role.REASONING)[-1:] for episode in family])
+            worth = majority_frequency([final_answer(episode) for episode in family])
         else:
             rewards = torch.tensor([episode.turn_rewards[Role.META_THINKING][-1] for episode in family])
             worth = float(plan_rewards(rewards, torch.zeros(len(family), dtype=torch.long), 1))
@@ -85,10 +86,9 @@ def share_plan_rewards(episodes: Sequence[Episode], *, scheme: str) -> None:
             del other.turn_rewards[Role.META_THINKING]
 
 
-def majority_frequency(answers: Sequence[Sequence[Turn]]) -> float:
-    """Fraction of answers that are the most frequent one, compared as normalised text; a message without a box is no answer."""
-    boxes = [last_box(turn.text) for turns in answers for turn in turns]
-    texts = Counter(normalised(box) for box in boxes if box is not None and box.strip())
+def majority_frequency(answers: Sequence[str | None]) -> float:
+    """Fraction of answers that are the most frequent one, compared as normalised text; None is no answer."""
+    texts = Counter(normalised(answer) for answer in answers if answer is not None)
     return max(texts.values(), default=0) / len(answers)
 
 

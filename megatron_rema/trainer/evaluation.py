@@ -10,13 +10,15 @@ from statistics import fmean
 from typing import Any
 
 import torch.distributed as dist
+from rich.console import Console
 from rich.table import Table
 
 from megatron_rema.config import RunConfig, as_mapping
 from megatron_rema.parallel.exchange import gather_rows
 from megatron_rema.report.accuracy import Problem, summary
-from megatron_rema.reward.answers import last_box
+from megatron_rema.report.judging import FIGURES, Judging, Pair, judging
 from megatron_rema.reward.assign import assign
+from megatron_rema.reward.components import final_answer
 from megatron_rema.reward.math_verifier import VerifierPool
 from megatron_rema.rollout.dialogue import Chats, DialogueRules
 from megatron_rema.rollout.scheduler import starts_of
@@ -25,7 +27,7 @@ from megatron_rema.trainer.collect import play_everywhere
 from megatron_rema.trainer.inputs import Inputs
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
-from megatron_rema.types import Engine, Episode, Prompt, Role
+from megatron_rema.types import Engine, Episode, Prompt
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Evaluation:
     # With several samples a problem. k -> chance that one of k dialogues is right, over the problems with at least k known dialogues
     pass_at_k: dict[str, float] = field(default_factory=dict)
     majority_accuracy: float | None = None  # most frequent answer of a problem's finished dialogues is right (score of k = all samples)
+    judging: Judging | None = None  # a judge's comparisons, each in both orders: those count as two problems, and as one in the interval
 
 
 def evaluate_sets(
@@ -101,7 +104,7 @@ def evaluate_sets(
 def majorities_everywhere(scored: Sequence[Episode], verifier: VerifierPool) -> dict[str, bool]:
     """Of each problem, by prompt_id: is the most frequent answer of its dialogues right? The same on every rank. A collective.
 
-    A dialogue that did not finish, or whose last message holds no box, does not vote. Each rank's verifier groups the answers of its
+    A dialogue that did not finish, or whose last message holds no answer, does not vote. Each rank's verifier groups the answers of its
     own share of the problems: a verdict that times out on one rank cannot differ on another.
     """
     by_problem: dict[str, list[Episode]] = defaultdict(list)
@@ -115,20 +118,20 @@ def majorities_everywhere(scored: Sequence[Episode], verifier: VerifierPool) -> 
 
 def _vote(episode: Episode) -> tuple[bool, str | None]:
     """(right, answer); the answer is None where the dialogue does not vote."""
-    messages = episode.turns_of(Role.REASONING)
-    answer = last_box(messages[-1].text) if messages and episode.score["finished"] else None
-    return bool(episode.score["correct"]), answer if answer is not None and answer.strip() else None
+    return bool(episode.score["correct"]), final_answer(episode) if episode.score["finished"] else None
 
 
 def _accuracy(scored: Sequence[Episode], majorities: Mapping[str, bool]) -> dict[str, Any]:
     """The measured fields of an Evaluation. pass@k and majority@k where there are ``majorities``."""
     by_problem: dict[str, list[float]] = defaultdict(list)
     by_level: dict[str, list[float]] = defaultdict(list)
+    clusters: dict[str, str | None] = {}
     for episode in scored:
         right = episode.score["correct"] * episode.score["finished"]
         by_problem[episode.prompt.prompt_id].append(right)
         by_level[str(episode.prompt.level)].append(right)
-    found = summary([Problem(right, majorities.get(name)) for name, right in by_problem.items()])
+        clusters[episode.prompt.prompt_id] = episode.prompt.pair_id or None
+    found = summary([Problem(right, majorities.get(name), clusters[name]) for name, right in by_problem.items()])
     # no dialogue has a verdict: nothing is known, and the interval says so
     mean, low, high = (found.mean, found.low, found.high) if found.num_problems else (0.0, 0.0, 1.0)
     return {
@@ -142,7 +145,23 @@ def _accuracy(scored: Sequence[Episode], majorities: Mapping[str, bool]) -> dict
         "level_accuracy": {level: fmean(values) for level, values in sorted(by_level.items())},
         "pass_at_k": {str(k): value for k, value in found.pass_at.items()} if majorities else {},
         "majority_accuracy": found.majority,
+        "judging": judging(pairs_of(scored)),
     }
+
+
+def pairs_of(scored: Sequence[Episode]) -> list[Pair]:
+    """The comparisons among the episodes' prompts, in the order of first appearance. A dialogue that did not finish came to no letter."""
+    pairs: dict[str, list[Episode]] = defaultdict(list)
+    for episode in scored:
+        if episode.prompt.pair_id:
+            pairs[episode.prompt.pair_id].append(episode)
+    found = []
+    for episodes in pairs.values():
+        as_given = [episode for episode in episodes if not episode.prompt.is_swapped]
+        swapped = [episode for episode in episodes if episode.prompt.is_swapped]
+        if as_given and swapped:
+            found.append(Pair(as_given[0].prompt.answer, *([_vote(e)[1] for e in order] for order in (as_given, swapped))))
+    return found
 
 
 def table(rows: Sequence[Mapping], title: str) -> Table:
@@ -167,6 +186,29 @@ def table(rows: Sequence[Mapping], title: str) -> Table:
             f"{row['temperature']:g}",
         )
     return view
+
+
+def judging_table(rows: Sequence[Mapping]) -> Table | None:
+    """Where comparisons were judged: accuracy in each order and in both, and what betrays a preference for a place. A line a figure."""
+    view = Table(title="both orders of each comparison (intervals over pairs)")
+    for column in ("step", "set", "temperature", "figure", "mean", "95% interval"):
+        view.add_column(column, justify="left" if column in ("set", "figure") else "right")
+    for row in rows:
+        if found := row.get("judging"):
+            head = [str(row["step"]), row["set"], f"{row['temperature']:g}"]
+            for figure, name in FIGURES.items():
+                if (estimate := found[name]) is not None:
+                    view.add_row(*head, figure, f"{estimate['mean']:.3f}", f"[{estimate['low']:.3f}, {estimate['high']:.3f}]")
+                    head = [""] * len(head)
+            view.add_row(*head, "came to a letter", f"{found['answered_frac']:.3f}", "", end_section=True)
+    return view if view.row_count else None
+
+
+def show(console: Console, rows: Sequence[Mapping], title: str) -> None:
+    """Print the evaluations side by side, and those of a judge once more by order."""
+    console.print(table(rows, title))
+    if (judged := judging_table(rows)) is not None:
+        console.print(judged)
 
 
 def evaluate_checkpoint(config: RunConfig, inputs: Inputs) -> None:
@@ -194,4 +236,4 @@ def evaluate_checkpoint(config: RunConfig, inputs: Inputs) -> None:
         rows = [asdict(result) for result in results]
         for row in rows:
             folder.evaluation(row)
-        reporter.console.print(table(rows, config.model.path))
+        show(reporter.console, rows, config.model.path)

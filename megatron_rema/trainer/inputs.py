@@ -10,6 +10,7 @@ from megatron_rema.architecture import Architecture
 from megatron_rema.config import ConfigError, RunConfig, check_file, check_run_dir
 from megatron_rema.engine.grammar import require_xgrammar
 from megatron_rema.rollout.dataset import WrittenDialogue, WrittenPair, read_dialogues, read_pairs, read_prompts
+from megatron_rema.rollout.judge import in_both_orders, read_comparisons
 from megatron_rema.types import Prompt, Role
 
 
@@ -35,7 +36,7 @@ def read_for_training(config: RunConfig) -> Inputs:
     check_file("task.train_file", config.task.train_file)
     return Inputs(
         architectures,
-        prompts=_prompts(config, config.task.train_file),
+        prompts=_prompts(config, config.task.train_file, both_orders=config.task.both_orders),
         evaluation_sets=_evaluation_sets(config),
         reward_model=_reward_model(config),
     )
@@ -46,7 +47,7 @@ def read_for_cold_start(config: RunConfig) -> Inputs:
     check_run_dir(config.run_dir, config.resume, config.resume_from)
     architectures = _architectures(config)
     check_file("task.cold_start_file", config.task.cold_start_file)
-    return Inputs(architectures, dialogues=read_dialogues(config.task.cold_start_file))
+    return Inputs(architectures, dialogues=read_dialogues(config.task.cold_start_file, field_keys=config.task.fields))
 
 
 def read_for_evaluation(config: RunConfig) -> Inputs:
@@ -67,8 +68,11 @@ def read_for_reward_model(config: RunConfig) -> Inputs:
     heldout = config.task.preference_heldout_file
     if heldout is not None:
         check_file("task.preference_heldout_file", heldout)
+    fields = config.task.fields
     return Inputs(
-        {"reward_model": arch}, pairs=read_pairs(config.task.preference_file), heldout_pairs=read_pairs(heldout) if heldout else ()
+        {"reward_model": arch},
+        pairs=read_pairs(config.task.preference_file, field_keys=fields),
+        heldout_pairs=read_pairs(heldout, field_keys=fields) if heldout else (),
     )
 
 
@@ -93,16 +97,21 @@ def _reward_model(config: RunConfig) -> Architecture | None:
     return arch
 
 
-def _prompts(config: RunConfig, file: str, limit: int | None = None) -> list[Prompt]:
-    return read_prompts(file, question_key=config.task.question_key, answer_key=config.task.answer_key, limit=limit)
+def _prompts(config: RunConfig, file: str, *, both_orders: bool, limit: int | None = None) -> list[Prompt]:
+    """Problems; of a judge, comparisons, each in one order or in both."""
+    task = config.task
+    if task.kind == "judge":
+        rows = read_comparisons(file, question_key=task.question_key, label_key=task.answer_key, limit=limit)
+        return in_both_orders(rows) if both_orders else rows
+    return read_prompts(file, question_key=task.question_key, answer_key=task.answer_key, limit=limit)
 
 
 def _evaluation_sets(config: RunConfig) -> dict[str, list[Prompt]]:
-    """The first ``trainer.evaluation_problems`` problems of every evaluation set."""
+    """The first ``trainer.evaluation_problems`` problems of every evaluation set; comparisons in both orders, whatever training does."""
     sets = {}
     for name, file in config.task.evaluation_files.items():
         check_file(f"task.evaluation_files.{name}", file)
-        sets[name] = _prompts(config, file, config.trainer.evaluation_problems or None)
+        sets[name] = _prompts(config, file, both_orders=True, limit=config.trainer.evaluation_problems or None)
     return sets
 
 

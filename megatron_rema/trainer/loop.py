@@ -50,7 +50,7 @@ from megatron_rema.trainer.credit import (
     penalise_overlong,
     share_plan_rewards,
 )
-from megatron_rema.trainer.evaluation import evaluate_sets, table
+from megatron_rema.trainer.evaluation import evaluate_sets, show
 from megatron_rema.trainer.experience import is_trainable, pack_for_rank
 from megatron_rema.trainer.inputs import Inputs
 from megatron_rema.trainer.preference import episode_scores
@@ -429,7 +429,7 @@ def finish(study: Study) -> None:
     if study.folder.writes:
         report = write_report(study.folder.path)
         rows = study.folder.read("evaluations.jsonl")
-        study.reporter.console.print(table(rows, "evaluations (accuracy: answer right and dialogue finished)"))
+        show(study.reporter.console, rows, "evaluations (accuracy: answer right and dialogue finished)")
         study.reporter.say(f"report: {Path(report)}")
     dist.barrier()
 

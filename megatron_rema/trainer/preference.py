@@ -20,6 +20,7 @@ from megatron_rema.config import RewardModelConfig, RunConfig
 from megatron_rema.models.policy import ParallelModel
 from megatron_rema.parallel.microbatch import padded_tokens, plan_microbatches
 from megatron_rema.parallel.pipeline import reduce_stats
+from megatron_rema.rollout.dataset import WrittenPair
 from megatron_rema.rollout.traces import traces_of_dialogue
 from megatron_rema.trainer.cast import Critic, Layouts, adam, build_model, chat_formats, dialogue_rules, process_group
 from megatron_rema.trainer.experience import pack, to_device
@@ -65,12 +66,13 @@ def train(config: RunConfig, inputs: Inputs) -> None:
     """The ``train_reward_model`` front door: a scalar-head model on model.path's trunk, at parallel.reward_model."""
     chat, rules, settings = chat_formats(config), dialogue_rules(config), config.reward_model
 
-    def view(question: str, turns: Sequence[tuple[Role, str]]) -> Trace:
-        return scoring_view(next(t for t in traces_of_dialogue(chat, rules, question, turns) if t.role is Role.REASONING))
+    def view(pair: WrittenPair, turns: Sequence[tuple[Role, str]]) -> Trace:
+        traces = traces_of_dialogue(chat, rules, pair.question, turns, fields=pair.fields)
+        return scoring_view(next(trace for trace in traces if trace.role is Role.REASONING))
 
-    def views(written: Sequence) -> list[Pair]:
+    def views(written: Sequence[WrittenPair]) -> list[Pair]:
         margin = 1.0 if settings.margin else 0.0
-        return [Pair(i, view(p.question, p.chosen), view(p.question, p.rejected), margin * p.margin) for i, p in enumerate(written)]
+        return [Pair(i, view(pair, pair.chosen), view(pair, pair.rejected), margin * pair.margin) for i, pair in enumerate(written)]
 
     pairs, heldout = views(inputs.pairs), views(inputs.heldout_pairs)
     (arch,) = inputs.architectures.values()

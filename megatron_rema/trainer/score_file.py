@@ -28,7 +28,7 @@ from rich.table import Table
 
 from megatron_rema.config import ConfigError, RunConfig
 from megatron_rema.report import accuracy
-from megatron_rema.reward.answers import last_box
+from megatron_rema.reward.answers import last_answer
 from megatron_rema.reward.math_verifier import Judgement, VerifierPool
 from megatron_rema.rollout.dataset import brief
 from megatron_rema.types import Verdict
@@ -37,7 +37,7 @@ NAMED_UNKNOWN = 10  # lines named on the console; the rest is counted
 ALL = "all"
 
 _WHY_UNKNOWN = {
-    "quick": "the gold answer is blank",
+    "quick": "the gold answer is blank, or no letter of a judge's",
     "verified": "the gold answer cannot be read as mathematics",
     "timeout": "the verifier did not answer within reward.verifier_timeout_s",
     "crash": "the verifier died or failed on this answer",
@@ -62,7 +62,7 @@ class Scored:
 
     subset: str
     right: list[float] = field(default_factory=list)
-    answers: list[str | None] = field(default_factory=list)  # content of the last box; None: the response holds no answer
+    answers: list[str | None] = field(default_factory=list)  # what the last box (or judge's letter) says; None: no answer
     majority_right: bool | None = None
 
 
@@ -77,8 +77,9 @@ def score_file(config: RunConfig) -> None:
         judging = bar.add_task("judge", total=path.stat().st_size)
         problems: dict[tuple[str, ...], Scored] = {}
         samples = ((row, text) for row in read_rows(path, config.task.question_key, config.task.answer_key) for text in row.responses)
-        for (row, text), judgement in verifier.stream(samples, of=lambda sample: (sample[1], sample[0].gold)):
-            _add(problems, unknown, row, text, judgement)
+        form = config.task.answer_format
+        for (row, text), judgement in verifier.stream(samples, of=lambda sample: (sample[1], sample[0].gold, form)):
+            _add(problems, unknown, row, last_answer(text, form), judgement)
             bar.update(judging, completed=row.end)
         if not problems:
             raise ConfigError(f"score_file {path} has no rows: give a file with at least one response.")
@@ -147,12 +148,13 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
     return value
 
 
-def _add(problems: dict[tuple[str, ...], Scored], unknown: list[tuple[Row, str]], row: Row, text: str, judgement: Judgement) -> None:
+def _add(
+    problems: dict[tuple[str, ...], Scored], unknown: list[tuple[Row, str]], row: Row, answer: str | None, judgement: Judgement
+) -> None:
     problem = problems.setdefault(row.problem, Scored(row.subset))
     if judgement.verdict is Verdict.UNKNOWN:
         unknown.append((row, judgement.how))
         return
-    answer = last_box(text)
     problem.right.append(float(judgement.verdict is Verdict.CORRECT))
     problem.answers.append(answer if answer is not None and answer.strip() else None)
 

@@ -6,8 +6,8 @@ import pytest
 import torch.distributed as dist
 
 from megatron_rema.reward.math_verifier import VerifierPool
-from megatron_rema.trainer.evaluation import _accuracy, majorities_everywhere, table
-from megatron_rema.types import Completion, Episode, EpisodeStatus, Prompt, Role, StopReason, Turn
+from megatron_rema.trainer.evaluation import _accuracy, judging_table, majorities_everywhere, table
+from megatron_rema.types import AnswerFormat, Completion, Episode, EpisodeStatus, Prompt, Role, StopReason, Turn
 
 
 def dialogue(prompt: str, correct: float, said: str, finished: float = 1.0) -> Episode:
@@ -74,3 +74,54 @@ def test_the_table_takes_rows_with_and_without_the_new_figures():
     assert "pass@k" not in names and len(names) == 7  # a run from before they were reported
     columns = {column.header: list(column.cells) for column in table([row, several], "t").columns}
     assert columns["pass@k"] == ["", "0.900"] and columns["majority@k"] == ["", "0.700"]
+
+
+def verdict(pair: str, label: str, said: str, *, swapped: bool, finished: float = 1.0) -> Episode:
+    """A judge's dialogue; ``label`` is right in this order."""
+    episode = dialogue(pair, float(f"[[{label}]]" in said), said, finished)
+    name = f"{pair}-swapped" if swapped else pair
+    episode.prompt = Prompt(name, "?", label, level=1, answer_format=AnswerFormat.LETTER, pair_id=pair)
+    return episode
+
+
+JUDGED = [
+    verdict("x", "A", "[[A]]", swapped=False),
+    verdict("x", "B", "[[B]]", swapped=True),
+    verdict("y", "B", "[[A]]", swapped=False),
+    verdict("y", "A", "[[A]]", swapped=True),
+    verdict("z", "A", "[[A]]", swapped=False),
+    verdict("z", "B", "[[B]]", swapped=True, finished=0.0),  # right, but cut: came to no letter
+]
+
+
+def test_a_judge_is_evaluated_by_order_and_by_pair():
+    found = _accuracy(JUDGED, {})
+    assert found["num_problems"] == 6 and found["accuracy"] == pytest.approx(4 / 6)
+    judged = found["judging"]
+    assert (judged.num_pairs, judged.as_given.mean, judged.swapped.mean) == (3, pytest.approx(2 / 3), pytest.approx(2 / 3))
+    assert judged.strict.mean == pytest.approx(1 / 3) and judged.same_letter.mean == 0.5 and judged.answered_frac == pytest.approx(5 / 6)
+    assert judged.chose_a.mean == pytest.approx((1 / 2 + 1 + 1) / 3)
+    assert _accuracy(PLAYED, {})["judging"] is None
+
+
+def test_the_interval_of_a_judge_is_over_pairs():
+    """40 pairs, each right in one order: 80 problems half of them right would give 0.5 -+ 0.11; all 40 pairs being alike, nothing varies
+    but what the exact interval of 20 of 40 allows."""
+    pairs = [verdict(str(i), "AB"[swapped], "[[A]]", swapped=bool(swapped)) for i in range(40) for swapped in (0, 1)]
+    found = _accuracy(pairs, {})
+    from scipy.stats import binomtest
+
+    exact = binomtest(20, 40).proportion_ci(0.95)
+    assert (found["accuracy"], found["low"], found["high"]) == (0.5, pytest.approx(exact.low), pytest.approx(exact.high))
+
+
+def test_the_table_of_both_orders_is_there_for_judges_only():
+    from dataclasses import asdict
+
+    row = {"step": 0, "set": "s", "temperature": 0.0}
+    assert judging_table([row, {**row, "judging": None}]) is None
+    judged = _accuracy(JUDGED, {})["judging"]
+    columns = {c.header: list(c.cells) for c in judging_table([row, {**row, "judging": asdict(judged)}]).columns}
+    means = dict(zip(columns["figure"], columns["mean"], strict=True))
+    assert means["right in both orders"] == "0.333" and means["came to a letter"] == "0.833"
+    assert columns["step"] == ["0", *[""] * 5], "one evaluation, a line a figure"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from megatron_rema.types import Episode, Role, StopReason
 from tests.system.test_training import rows, run
 from tests.tiny_models import save_tiny_model
-from tests.tiny_task import save_tiny_task
+from tests.tiny_task import WORDS, save_tiny_judge_task, save_tiny_task
 from tests.unit.tiny_tokenizer import tiny_tokenizer
 
 pytestmark = pytest.mark.system
@@ -228,3 +228,56 @@ def test_dr_grpo_compares_with_the_mean_and_divides_by_nothing(task, tmp_path):
         expected = episode.turn_rewards[Role.REASONING][-1] - sum(rewards) / len(rewards)
         assert episode.advantages[Role.REASONING] == pytest.approx([expected] * len(episode.advantages[Role.REASONING]))
     assert all(math.isfinite(row["train/loss"]) for row in metrics)
+
+
+@pytest.fixture(scope="module")
+def judge_task(tmp_path_factory) -> list[str]:
+    """The tiny judge's task and its model, cold-started until it says a letter."""
+    folder = tmp_path_factory.mktemp("judge")
+    overrides = save_tiny_judge_task(folder)
+    run("sft", 1, *overrides, f"run_dir={folder}/sft", "trainer.steps=40", "trainer.global_batch_dialogues=36", "optimizer.lr=0.002")
+    common = [f"model.path={folder}/sft/hf/shared", "trainer.steps=2", "trainer.save_hf=false"]
+    return [o for o in overrides if not o.startswith("model.path=")] + common
+
+
+def read_by(role: Role, episode: Episode) -> str:
+    tokens = [token for turn in episode.turns if turn.role is role for token in turn.context_token_ids]
+    return tiny_tokenizer("chatml").decode(tokens)
+
+
+def test_a_judge_trains_in_both_orders_and_its_meta_thinker_never_reads_the_answers(judge_task, tmp_path):
+    metrics, episodes = two_steps(tmp_path, *judge_task, "reward=base", "rollout.prompts_per_step=8", ranks=2)
+    assert all(math.isfinite(row["train/loss"]) and 0 < row["behaviour/reasoning/chose_a_rate"] < 1 for row in metrics)
+    assert {e.prompt.is_swapped for e in episodes} == {False, True}
+    for episode in episodes:
+        answers = episode.prompt.fields
+        assert episode.prompt.question in read_by(Role.META_THINKING, episode)
+        assert not any(word in read_by(Role.META_THINKING, episode) for word in WORDS)
+        right = WORDS[sum(map(int, episode.prompt.question.split(" + ")))]
+        assert answers[f"answer_{episode.prompt.answer.lower()}"] == right, "the label goes with the answer"
+        if episode.turns_of(Role.REASONING):
+            shown = f"Answer A:\n{answers['answer_a']}\n\nAnswer B:\n{answers['answer_b']}\n"
+            assert shown in read_by(Role.REASONING, episode)
+    (before, after) = rows(tmp_path / "evaluations.jsonl")
+    for row in (before, after):
+        judged = row["judging"]
+        assert row["num_problems"] == 12 and judged["num_pairs"] == 6, "every comparison in both orders"
+        both = judged["as_given"]["mean"] + judged["swapped"]["mean"]
+        assert judged["strict"]["mean"] <= both / 2 == pytest.approx(row["accuracy"]) and judged["answered_frac"] > 0.5
+    page = (tmp_path / "report.html").read_text()
+    assert "right in both orders" in page and "same letter in both" in page
+
+
+def test_a_lone_judge_trains_in_one_order_and_is_evaluated_in_both(judge_task, tmp_path):
+    metrics, episodes = two_steps(tmp_path / "run", *judge_task, "agents=single", "algorithm=grpo_token", "task.both_orders=false")
+    assert not any(e.prompt.is_swapped for e in episodes) and {t.role for e in episodes for t in e.turns} == {Role.REASONING}
+    assert all(e.prompt.fields["answer_a"] in read_by(Role.REASONING, e) for e in episodes)
+    assert rows(tmp_path / "run" / "evaluations.jsonl")[-1]["judging"]["num_pairs"] == 6 and len(metrics) == 2
+
+
+def test_a_judge_is_evaluated_from_its_checkpoint(judge_task, tmp_path):
+    greedy = ["trainer.evaluation_temperatures=[0.0]", f"run_dir={tmp_path}/run"]
+    out = run("evaluate", 1, *judge_task, *greedy)
+    assert all(word in out for word in ("right as given", "right in both orders", "same letter in both", "chose A")), out
+    (row,) = rows(tmp_path / "run" / "evaluations.jsonl")
+    assert row["judging"]["num_pairs"] == 6 and 0 <= row["judging"]["strict"]["low"] <= row["judging"]["strict"]["high"] <= 1

@@ -364,7 +364,7 @@ def test_all_published_dialogues_round_trip_as_traces(case):
     end = chat.tokenizer.decode([chat.end_token_id])
     for dialogue in sampled(dialogues, case, 80):
         texts = [text for _, text in dialogue.turns]
-        first = rules.first_instruction(dialogue.question, texts[0])
+        first = rules.first_message(dialogue.question, texts[0])
         told = {META: [dialogue.question, *texts[:-1]], REASONING: [first, *texts[1:]]}  # heard, said, heard, said, ...
         for trace in traces_of_dialogue(chat, rules, dialogue.question, dialogue.turns):
             messages = told[trace.role]

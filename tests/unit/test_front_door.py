@@ -93,6 +93,10 @@ BAD_INPUT = {  # name: (overrides, environment, what the message must hold)
     "role without a policy": (["~agents.policies.shared", "+agents.policies.a={roles:[meta_thinking]}"], {}, ["no policy", "reasoning"]),
     "microbatch below the context": (["trainer.microbatch_tokens=100"], {}, ["microbatch_tokens (100)", "max_context_tokens (256)"]),
     "actions that nobody takes": (["agents=single", "task.json_actions=true"], {}, ["task.json_actions", "meta_thinking"]),
+    "a judge that is not shown the answers": (["task.kind=judge"], {}, ["task.reasoner_template", "kind judge", "{answer_a}"]),
+    "a lone judge that is not shown the answers": (
+        ["task.kind=judge", "agents=single"], {}, ["task.solo_template", "kind judge", "{answer_a}"],
+    ),
     "warm-up in steps of a schedule over tokens": (
         ["trainer.token_budget=1000", "optimizer.warmup_steps=5"], {}, ["optimizer.warmup_steps is 5", "token_budget 1000"],
     ),
@@ -156,6 +160,25 @@ def test_saved_responses_are_scored_without_a_model(tmp_path):
     assert result.returncode == 0 and result.stdout.startswith("accuracy: 0.500 (4 scored, 0 unknown)"), result.stdout + result.stderr
 
 
+def test_saved_verdicts_of_a_judge_are_scored_by_their_letters(tmp_path):
+    rows = [("A is better: [[A]]", "A"), ("[[A]]", "B"), ("\\boxed{B}", "B"), ("[[B]] no, [[A]]", "A"), ("[[A]]", "tie")]
+    file = tmp_path / "responses.jsonl"
+    file.write_text("".join(json.dumps({"question": "q", "label": label, "response": said}) + "\n" for said, label in rows))
+    result = run("task=judge", f"score_file={file}", door="evaluate")
+    # right: the first and the fourth of four; the label of the fifth is no letter
+    assert result.returncode == 0 and result.stdout.startswith("accuracy: 0.500 (4 scored, 1 unknown)"), result.stdout + result.stderr
+
+
+def test_a_comparison_with_a_bad_label_is_named_by_file_line_and_field(task, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question": "q", "answer_a": "x", "answer_b": "y", "label": "tie"}\n')
+    others = [override for override in task if not override.startswith(("task.", "~task."))]
+    result = run("task=judge", *others, f"task.train_file={bad}", f"run_dir={tmp_path}/run")
+    assert result.returncode == 2
+    for word in (str(bad), "line 1", "'label'", "['A', 'B']", "'tie'"):
+        assert word in result.stderr, result.stderr
+
+
 EXPERIMENTS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "experiment").glob("*.yaml"))
 
 
@@ -170,10 +193,12 @@ def test_every_experiment_composes_and_obeys_the_rules_between_fields():
         for name in EXPERIMENTS:
             config = load(compose("config", overrides=[f"experiment={name}", "task.train_file=train.jsonl"]))
             check(config, world_size=8)
-            assert name not in ("vrp_math", "mrp_math") or [str(role) for role in config.roles] == ["reasoning"]
+            alone = name.startswith(("vrp_", "mrp_"))
+            assert not alone or [str(role) for role in config.roles] == ["reasoning"]
+            assert ("judge" in name) == (config.task.kind == "judge")
 
 
-@pytest.mark.parametrize("group", ["agents", "algorithm", "reward", "rollout"])
+@pytest.mark.parametrize("group", ["agents", "algorithm", "reward", "rollout", "task"])
 def test_every_option_of_a_group_composes(group):
     from hydra import compose, initialize_config_dir
 

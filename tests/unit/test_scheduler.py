@@ -139,7 +139,7 @@ def test_a_one_role_episode_is_one_turn_on_the_bare_question():
 
 def test_braces_in_messages_are_not_filled_in():
     the_rules = rules()
-    assert the_rules.first_instruction("{instruction} {question} {}", "\\boxed{question}") == (
+    assert the_rules.first_message("{instruction} {question} {}", "\\boxed{question}") == (
         "Question:\n{instruction} {question} {}\n\nInstruction:\n\\boxed{question}"
     )
 
