@@ -13,7 +13,7 @@ from megatron_rema.algorithm.baseline import RunningMean, counterfactual_advanta
 from megatron_rema.algorithm.gae import gae
 from megatron_rema.algorithm.kl import kl_estimate
 from megatron_rema.algorithm.masked import weighted_whiten
-from megatron_rema.algorithm.selection import within_success_rate
+from megatron_rema.algorithm.selection import informative_groups, within_success_rate
 from megatron_rema.algorithm.shaping import overlong_penalty
 from megatron_rema.config import AlgorithmConfig, RolloutConfig
 from megatron_rema.reward.answers import normalised
@@ -47,6 +47,17 @@ def chosen_for_training(scored: Sequence[Episode], rollout: RolloutConfig) -> li
     kept = inside(scored, {episode.episode_id: episode.score["correct"] for episode in scored}, rollout)
     chosen = set(kept[: rollout.prompts_per_step])
     return [episode for episode in scored if episode.prompt.prompt_id in chosen]
+
+
+def informative_frac(episodes: Sequence[Episode]) -> float:
+    """Fraction of prompts whose episodes do not all earn the reasoner the same: those that a group estimator learns from (DAPO)."""
+    played = [episode for episode in episodes if episode.turn_rewards.get(Role.REASONING)]
+    numbers = {prompt_id: number for number, prompt_id in enumerate(group_by_prompt(played))}
+    if not numbers:
+        return 0.0
+    prompts_N = torch.tensor([numbers[episode.prompt.prompt_id] for episode in played])
+    informative_N = informative_groups(torch.tensor([sum(episode.turn_rewards[Role.REASONING]) for episode in played]), prompts_N)
+    return prompts_N[informative_N].unique().numel() / len(numbers)
 
 
 def penalise_overlong(episodes: Sequence[Episode], *, buffer_tokens: int, max_tokens: int) -> None:

@@ -46,6 +46,7 @@ from megatron_rema.trainer.credit import (
     chosen_for_training,
     generalized_advantages,
     group_by_prompt,
+    informative_frac,
     inside,
     penalise_overlong,
     share_plan_rewards,
@@ -188,7 +189,10 @@ def step(study: Study) -> dict[str, float]:
             chosen, config.roles, config.algorithm, position.baselines, counterfactuals=counterfactual.scored
         )
 
-    metrics: dict[str, float] = {"rollout/prompts_chosen_frac": len(group_by_prompt(chosen)) / len(prompts)}
+    metrics: dict[str, float] = {
+        "rollout/prompts_chosen_frac": len(group_by_prompt(chosen)) / len(prompts),
+        "rollout/prompts_informative_frac": informative_frac(chosen),
+    }
     for policy in active_policies(study) if chosen else []:
         metrics |= train_policy(study, policy, chosen)
     position.step += 1

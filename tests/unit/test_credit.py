@@ -14,6 +14,7 @@ from megatron_rema.trainer.credit import (
     chosen_for_training,
     credit_plans,
     generalized_advantages,
+    informative_frac,
     penalise_overlong,
     share_plan_rewards,
 )
@@ -81,6 +82,7 @@ def test_prompts_that_are_hopeless_or_solved_are_not_trained_on():
     assert [e.episode_id for e in chosen_for_training(episodes, one)] == ["0/b/0", "0/b/1"], "no more prompts than a step asks for"
     assert chosen_for_training(episodes, RolloutConfig(prompts_per_step=8)) == episodes, "the default keeps them all"
     assert chosen_for_training([], settings) == []
+    assert informative_frac(episodes) == 0.5 and informative_frac([]) == 0.0  # b and d of four: their rewards differ
 
 
 def test_the_penalty_for_length_grows_over_the_last_tokens_of_the_budget():
