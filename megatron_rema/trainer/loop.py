@@ -61,6 +61,7 @@ from megatron_rema.trainer.scoring import label_logprobs, scalars
 from megatron_rema.trainer.update import update_critic, update_policy
 from megatron_rema.types import Engine, Episode, Prompt, Role, Trace, Verdict
 
+UNCLIPPED_STEPS = 20  # after so many in a row an alert says that clipping never acts
 # phase of a step -> its metric
 _PHASES = {
     "generate": "rollout/generate_s",
@@ -90,6 +91,7 @@ class Study:
     checkpoints: state.Checkpoints
     reporter: Reporter
     position: state.Position
+    steps_unclipped: int = 0  # in a row, since the start or the last resume
 
 
 def train(config: RunConfig, inputs: Inputs) -> None:
@@ -416,7 +418,20 @@ def explain(config: RunConfig, reporter: Reporter) -> None:
 
 
 def alarm(study: Study, metrics: Mapping[str, float]) -> None:
-    """Engine and trainer must agree on what was sampled: a gap means stale weights, another precision or a broken map."""
+    """Engine and trainer must agree on what was sampled: a gap means stale weights, another precision or a broken map.
+
+    And a clip range that no ratio leaves in ``UNCLIPPED_STEPS`` steps of several updates each is no clip: at 0.2 a geometric turn ratio
+    hardly ever does (GSPO, whose ratio is of that kind, uses 3e-4).
+    """
+    clipped = [value for name, value in metrics.items() if name.endswith("_ratio_clipped_frac")]
+    if study.config.trainer.minibatches_per_step > 1 and clipped:
+        study.steps_unclipped = 0 if any(clipped) else study.steps_unclipped + 1
+        if study.steps_unclipped == UNCLIPPED_STEPS:
+            study.folder.alert({"step": study.position.step, "alert": "clip_never_acts", "steps": UNCLIPPED_STEPS})
+            study.reporter.say(
+                f"ALERT step {study.position.step}: no {study.config.algorithm.ratio_level} ratio was clipped in {UNCLIPPED_STEPS} steps; "
+                "lower algorithm.clip_low and clip_high if the clip is to hold the policy"
+            )
     threshold = study.config.engine.logprob_gap_alarm
     for name, value in metrics.items():
         if name.endswith("logprob_gap_max") and not value <= threshold:
