@@ -304,7 +304,10 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def shown(values: Sequence[float], *, signed: bool = False) -> str:
+    """``mean [low, high]``; the interval of an accuracy (not ``signed``) ends at 0 and 1."""
     mean, low, high = interval(values)
+    if not signed:
+        low, high = max(low, 0.0), min(high, 1.0)
     plus = "+" if signed else ""
     return f"{mean:{plus}.3f} [{low:{plus}.3f}, {high:{plus}.3f}]"
 
@@ -425,7 +428,8 @@ def draw_comparison(rows: dict[tuple[str, int], Row], file: Path) -> None:
             values = [final(row, name, temperature) for row in own]
             mean, low, high = interval(values)
             x = place + (index - (len(methods) - 1) / 2) * 0.15
-            dots.errorbar(x, mean, [[mean - low], [high - mean]], fmt="o", color=COLORS[index], capsize=3, markersize=5)
+            reach = [[mean - max(low, 0.0)], [min(high, 1.0) - mean]]
+            dots.errorbar(x, mean, reach, fmt="o", color=COLORS[index], capsize=3, markersize=5)
             dots.plot([x] * len(values), values, ".", color=COLORS[index], alpha=0.45, markersize=4)
     curve.set(title="Training reward (range over seeds)", xlabel="sampled tokens, thousands", ylabel="mean reward")
     curve.legend(fontsize=7, loc="lower right")
@@ -467,8 +471,12 @@ def write_page() -> None:
         if text.count(begin) != 1 or text.count(end) != 1:
             raise ValueError(f"{PAGE}: needs the lines {begin!r} and {end!r} once each; put them back where the tables belong.")
         body = "\n".join(tables(found[name])) if found[name] else "No run is recorded yet."
-        seconds = sum(row["wall_s"] for row in found[name].values())
-        note = f"\n\n{len(found[name])} runs, {seconds / 3600:.2f} hours of wall time one after another (two at once on two cores)."
+        wall, cpu = (sum(row[key] for row in found[name].values()) / 3600 for key in ("wall_s", "cpu_s"))
+        study = STUDIES[name]
+        note = (
+            f"\n\n{len(found[name])} of {study.seeds * len(study.methods)} runs; {cpu:.2f} CPU hours. Wall times add up to {wall:.2f} "
+            "hours, two at once on two cores that did other work too."
+        )
         text = text.split(begin)[0] + begin + "\n" + body + note + "\n" + end + text.split(end)[1]
     PAGE.write_text(text)
     FIGURES.mkdir(exist_ok=True)
