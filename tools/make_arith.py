@@ -20,7 +20,12 @@ def main() -> None:
     parser.add_argument("--num-ood", type=int, default=200, help="harder problems")
     parser.add_argument("--num-dialogues", type=int, default=10000, help="written dialogues of the cold start")
     parser.add_argument("--num-pairs", type=int, default=30000, help="preference pairs for train_reward_model")
-    parser.add_argument("--num-heldout-pairs", type=int, default=1000, help="preference pairs about held-out problems, with the imperfections of the dialogues")
+    parser.add_argument(
+        "--num-heldout-pairs",
+        type=int,
+        default=1000,
+        help="preference pairs about held-out problems, with the imperfections of the dialogues",
+    )
     parser.add_argument("--levels", type=int, nargs="+", default=[2, 3], help="operations per problem, train and held-out")
     parser.add_argument("--ood-levels", type=int, nargs="+", default=[4], help="operations per harder problem")
     parser.add_argument(
