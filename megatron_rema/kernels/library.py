@@ -42,6 +42,7 @@ class Library:
     """One loaded library. Raises Unavailable where the file is missing, unloadable, or made from other sources than those beside it."""
 
     def __init__(self, path: Path, *, check_sources: bool = True) -> None:
+        self.path = path
         if not path.exists():
             raise Unavailable(f"{path.name} has not been built: {_REMEDY}")
         try:
@@ -77,7 +78,8 @@ _mode: Mode = "reference"
 _found: dict[str, Library | Unavailable] = {}
 
 
-def _find(kind: str) -> Library | Unavailable:
+def find(kind: str) -> Library | Unavailable:
+    """The library for ``cpu`` or ``cuda`` tensors, or why there is none. Looked for once in a process."""
     if kind not in _found:
         try:
             _found[kind] = Library(LIBRARIES / file_name(kind))
@@ -88,7 +90,7 @@ def _find(kind: str) -> Library | Unavailable:
 
 def get(device: torch.device) -> Library:
     """The library for tensors on ``device``. Raises RuntimeError where there is none."""
-    found = _find(device.type) if device.type in ("cpu", "cuda") else Unavailable(f"there are no kernels for {device.type}")
+    found = find(device.type) if device.type in ("cpu", "cuda") else Unavailable(f"there are no kernels for {device.type}")
     if isinstance(found, Unavailable):
         raise RuntimeError(f"no fused kernels for tensors on {device}: {found}, or set kernels=reference.")
     return found
@@ -102,7 +104,7 @@ def is_fused(tensor: Tensor) -> bool:
     """Whether the chosen mode computes on ``tensor`` with a compiled library. ``fused`` raises where it cannot."""
     if _mode == "reference":
         return False
-    if _mode == "auto" and (tensor.device.type not in ("cpu", "cuda") or isinstance(_find(tensor.device.type), Unavailable)):
+    if _mode == "auto" and (tensor.device.type not in ("cpu", "cuda") or isinstance(find(tensor.device.type), Unavailable)):
         return False
     get(tensor.device)
     return True
@@ -116,7 +118,7 @@ def select(mode: Mode, device: torch.device) -> str:
     global _mode
     parts = []
     for kind in dict.fromkeys((device.type, "cpu")):
-        found = _find(kind)
+        found = find(kind)
         if mode == "fused" and isinstance(found, Unavailable):
             raise ConfigError(f"kernels is fused, and {found}, or set kernels=auto.")
         parts.append(f"{kind} plain torch ({found})" if isinstance(found, Unavailable) else f"{kind} fused ({found.build['target']})")
@@ -141,4 +143,4 @@ def using(mode: Mode, **libraries: Library) -> Iterator[None]:
 
 def availability() -> dict[str, str]:
     """kind -> what is there, or why it is not."""
-    return {kind: str(found) if isinstance(found := _find(kind), Unavailable) else found.build["target"] for kind in ("cpu", "cuda")}
+    return {kind: str(found) if isinstance(found := find(kind), Unavailable) else found.build["target"] for kind in ("cpu", "cuda")}

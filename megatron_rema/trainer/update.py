@@ -40,6 +40,7 @@ def update_policy(
             temperature=temperature,
             with_entropy=True,
             vocab_size=model.arch.vocab_size,
+            overwrite_logits=True,
         )
         old_logprobs_T = logprobs_T.detach() if batch.old_logprobs is None else batch.old_logprobs
         total, stats = policy_loss(
