@@ -34,10 +34,10 @@ check: $(STAMP)  ## lint, import contracts, unit tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/kernels -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -q
 
 test: check  ## every CPU test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed tests/system -q --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels tests/distributed tests/system -q --durations=15
 
 gpu: $(STAMP)  ## GPU suite
 	$(BIN)/python -m pytest tests -q -m gpu
