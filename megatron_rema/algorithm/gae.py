@@ -36,11 +36,7 @@ def gae(
     False; a NaN reaches the tokens of its own trace up to where it stands, and no other trace. Computed in float64.
     Raises ValueError for a discount or lambda outside [0, 1].
     """
-    for name, value in (
-        ("discount", discount), ("gae_lambda", gae_lambda), ("turn_discount", turn_discount), ("turn_lambda", turn_lambda)
-    ):  # fmt: skip
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(f"{name} must be in [0, 1], got {value}.")
+    check_discounts(discount=discount, gae_lambda=gae_lambda, turn_discount=turn_discount, turn_lambda=turn_lambda)
     assert rewards_T.shape == values_T.shape == turn_ids_T.shape == trace_ids_T.shape == loss_mask_T.shape, "one value per position"
     assert loss_mask_T.dim() == 1 and loss_mask_T.dtype == torch.bool, (loss_mask_T.shape, loss_mask_T.dtype)
     own_S = loss_mask_T.nonzero()[:, 0]
@@ -62,6 +58,13 @@ def gae(
     advantages_T[own_S] = advantages_S
     returns_T[own_S] = advantages_S + values_S
     return advantages_T.float(), returns_T.float()
+
+
+def check_discounts(**numbers: float) -> None:
+    """Raises ValueError for a discount or lambda outside [0, 1]."""
+    for name, value in numbers.items():
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name} must be in [0, 1], got {value}.")
 
 
 def _reverse_scan_S(delta_S: Tensor, decay_S: Tensor, to_come_S: Tensor, trace_S: Tensor, count_B: Tensor) -> Tensor:

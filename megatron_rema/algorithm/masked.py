@@ -37,6 +37,31 @@ def weighted_whiten(values_N: Tensor, weights_N: Tensor, *, eps: float = 1e-8) -
     return ((values64_N - mean) * (variance + eps).rsqrt()).masked_fill(~counted_N, 0.0).to(values_N.dtype)
 
 
+def masked_moments(values_T: Tensor, mask_T: Tensor) -> Tensor:
+    """[3] float64: how many values the mask keeps, their mean (0 of none), the sum of their squared distances from it."""
+    values64_T = values_T.double().masked_fill(~mask_T, 0.0)
+    count = mask_T.sum().double()
+    mean = values64_T.sum() / count.clamp(min=1.0)
+    return torch.stack([count, mean, (values64_T - mean).square().masked_fill(~mask_T, 0.0).sum()])
+
+
+def merge_moments(moments_R3: Tensor) -> Tensor:
+    """[3] the moments of all parts together, merged in order (Chan et al. 1979)."""
+    merged = moments_R3[0]
+    for part in moments_R3[1:]:
+        count, distance = merged[0] + part[0], part[1] - merged[1]
+        share = part[0] / count.clamp(min=1.0)
+        merged = torch.stack([count, merged[1] + distance * share, merged[2] + part[2] + distance.square() * merged[0] * share])
+    return merged
+
+
+def whiten(values_T: Tensor, mask_T: Tensor, moments_3: Tensor, *, eps: float) -> Tensor:
+    """(value - mean) / sqrt(population variance + eps) where the mask is True, 0 elsewhere."""
+    count, mean, squares = moments_3
+    scale = (squares / count.clamp(min=1.0) + eps).rsqrt()
+    return ((values_T.double() - mean) * scale).masked_fill(~mask_T, 0.0).to(values_T.dtype)
+
+
 def segment_sum_K(values_T: Tensor, segment_ids_T: Tensor, num_segments: int) -> Tensor:
     """[K] sum of each segment's values; 0 for a segment without a token."""
     sums = torch.zeros(num_segments + 1, dtype=torch.float64, device=values_T.device)

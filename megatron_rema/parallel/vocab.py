@@ -4,8 +4,8 @@ Shapes: T label positions, V the padded vocabulary, V/tp this rank's shard ("loc
 S sets of tokens, W 32-bit words that hold one bit a token.
 Over the wire, forward: one all-gather of four numbers per token, merged in rank order, hence bitwise equal on every rank.
 Backward: nothing; each rank forms the gradient of its own shard.
-Memory: what is kept for backward is the logits themselves (in their own dtype, no copy) and two numbers per token;
-float32 temporaries exist for one chunk of rows at a time.
+Memory: what is kept for backward is the logits themselves (in their own dtype, no copy) and a few numbers per token; in plain torch
+float32 temporaries exist for one chunk of rows at a time, in the fused kernels (kernels/logits.py) there are none.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_rema.kernels import logits as kernels
+
 FORBIDDEN = -1e30  # logit of a token outside the allowed set: finite, so that 0 * (z - max) is 0 and no NaN
 CHUNK_ELEMENTS = 1 << 20  # logits of one float32 temporary (4 MiB: larger ones leave a CPU's cache and take a third longer)
+LOWEST = -1e4  # nats below the largest: exp is 0 as for -inf, but 0 * -1e4 is 0
 
 
 def vocab_parallel_logprobs_and_entropy(
@@ -31,6 +34,7 @@ def vocab_parallel_logprobs_and_entropy(
     vocab_size: int,
     allowed_sets_SW: Tensor | None = None,
     allowed_ids_T: Tensor | None = None,
+    overwrite_logits: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """[T] log-probability (nats) of each label under softmax(logits / temperature), and [T] entropy (nats) or None.
 
@@ -38,25 +42,79 @@ def vocab_parallel_logprobs_and_entropy(
     they have no probability and get gradient 0. A label outside [0, vocab_size) gives NaN. ``tp_group`` None: not sharded.
     With allowed sets (bits over the whole vocabulary: ``types.Trace.allowed``) the softmax at position t runs over the tokens of set
     ``allowed_ids_T[t]`` only: the others are as padding is, and a label that is one of them gets about -1e30.
+    Batches with allowed sets run in plain torch whatever ``kernels`` is: the fused kernels know no sets.
     Every rank returns the same values; the caller's loss must be the same on every rank, and its gradient is not reduced.
+
+    A logit of -inf has probability 0 and adds 0 to the entropy; a NaN makes its own row NaN, and so does a row without a finite logit.
+    ``overwrite_logits``: backward may write the gradient over the logits, whose values then serve nobody else; it can be run only once.
     """
-    tp_size = 1 if tp_group is None else dist.get_world_size(tp_group)
-    if temperature <= 0.0:
-        raise ValueError(f"temperature must be positive, got {temperature}.")
+    tp_size, rank = _place(tp_group)
     width = local_logits_TV.shape[-1]
-    if width * tp_size < vocab_size:
-        raise ValueError(f"{tp_size} shards of {width} columns hold {width * tp_size} logits, fewer than vocab_size ({vocab_size}).")
+    _check(temperature, width, tp_size, vocab_size)
     assert local_logits_TV.dim() == 2 and labels_T.shape == local_logits_TV.shape[:1], (local_logits_TV.shape, labels_T.shape)
     assert (allowed_sets_SW is None) == (allowed_ids_T is None), "allowed sets and each position's set come together"
-    return _LogprobsAndEntropy.apply(
-        local_logits_TV, labels_T, tp_group, temperature, with_entropy, vocab_size, allowed_sets_SW, allowed_ids_T
+    if allowed_sets_SW is not None or not kernels.is_fused(local_logits_TV):
+        return _LogprobsAndEntropy.apply(
+            local_logits_TV, labels_T, tp_group, temperature, with_entropy, vocab_size, allowed_sets_SW, allowed_ids_T
+        )
+    shape = {"first_column": rank * width, "num_valid": min(max(vocab_size - rank * width, 0), width), "temperature": temperature}
+    part_T4 = kernels.partial(local_logits_TV, None, labels_T, **shape)
+    parts_ST4 = _gather(part_T4, tp_group)
+    statistics = kernels.finish(
+        parts_ST4, local_logits_TV, None, labels_T, vocab_size=vocab_size, overwrite_logits=overwrite_logits, **shape
     )
+    return statistics.logprobs, statistics.entropy if with_entropy else None
+
+
+def vocab_parallel_kl(
+    local_logits_TV: Tensor, local_ref_logits_TV: Tensor, tp_group: ProcessGroup | None, *, temperature: float = 1.0, vocab_size: int
+) -> Tensor:
+    """[T] exact KL(p || q) in nats of p = softmax(logits / temperature) from q = softmax(reference logits / temperature).
+
+    Gradient with respect to the logits only. Precision, padding and what crosses the wire as above, with eight numbers per token. A
+    logit of -inf has probability 0: where p is 0 it adds nothing, where only q is 0 the KL is infinite (and has no gradient).
+    """
+    tp_size, rank = _place(tp_group)
+    width = local_logits_TV.shape[-1]
+    _check(temperature, width, tp_size, vocab_size)
+    assert local_logits_TV.dim() == 2 and local_logits_TV.shape == local_ref_logits_TV.shape, (
+        local_logits_TV.shape,
+        local_ref_logits_TV.shape,
+    )
+    if not kernels.is_fused(local_logits_TV):
+        return _Kl.apply(local_logits_TV, local_ref_logits_TV, tp_group, temperature, vocab_size)
+    shape = {"first_column": rank * width, "num_valid": min(max(vocab_size - rank * width, 0), width), "temperature": temperature}
+    nobody_T = torch.full(local_logits_TV.shape[:1], -1, device=local_logits_TV.device)
+    parts_ST8 = _gather(kernels.partial(local_logits_TV, local_ref_logits_TV, nobody_T, **shape), tp_group)
+    return kernels.finish(parts_ST8, local_logits_TV, local_ref_logits_TV, nobody_T, vocab_size=vocab_size, **shape).kl
+
+
+def _check(temperature: float, width: int, tp_size: int, vocab_size: int) -> None:
+    if temperature <= 0.0:
+        raise ValueError(f"temperature must be positive, got {temperature}.")
+    if width * tp_size < vocab_size:
+        raise ValueError(f"{tp_size} shards of {width} columns hold {width * tp_size} logits, fewer than vocab_size ({vocab_size}).")
 
 
 def allowed_columns(sets_SW: Tensor, first: int, number: int) -> Tensor:
     """[S, number] bool: is token ``first + column`` in the set? ``sets_SW`` int32: bit v % 32 of word v // 32 stands for token v."""
     tokens_V = torch.arange(first, first + number, device=sets_SW.device)
     return ((sets_SW[:, tokens_V // 32] >> (tokens_V % 32).int()) & 1).bool()
+
+
+def _place(tp_group: ProcessGroup | None) -> tuple[int, int]:
+    """(ranks that share the vocabulary, this one's rank among them)."""
+    return (1, 0) if tp_group is None else (dist.get_world_size(tp_group), dist.get_rank(tp_group))
+
+
+def _gather(part_TW: Tensor, tp_group: ProcessGroup | None) -> Tensor:
+    """[S, T, W] every shard's numbers, in rank order."""
+    tp_size, _ = _place(tp_group)
+    if tp_size == 1:
+        return part_TW[None]
+    parts_STW = part_TW.new_empty(tp_size, *part_TW.shape)
+    dist.all_gather(list(parts_STW.unbind(0)), part_TW, group=tp_group)
+    return parts_STW
 
 
 class _LogprobsAndEntropy(torch.autograd.Function):
@@ -67,7 +125,7 @@ class _LogprobsAndEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits_TV, labels_T, tp_group, temperature, with_entropy, vocab_size, allowed_sets_SW, allowed_ids_T):
-        tp_size, rank = (1, 0) if tp_group is None else (dist.get_world_size(tp_group), dist.get_rank(tp_group))
+        _, rank = _place(tp_group)
         first = rank * logits_TV.shape[1]
         num_valid = min(max(vocab_size - first, 0), logits_TV.shape[1])
         is_mine_T = (labels_T >= first) & (labels_T < first + num_valid)
@@ -83,19 +141,15 @@ class _LogprobsAndEntropy(torch.autograd.Function):
             for rows in _row_chunks(logits_TV):
                 z_RV = _allowed_only(_scaled(logits_TV[rows, :num_valid], dtype, temperature), rows, allowed_SV, allowed_ids_T)
                 local_T4[rows, 3] = z_RV.gather(1, column_T[rows, None])[:, 0].masked_fill(~is_mine_T[rows], 0.0)
-                max_R = z_RV.amax(1)
+                max_R = z_RV.amax(1).clamp(min=torch.finfo(dtype).min)  # finite in a shard that holds nothing but -inf
                 z_RV = z_RV - max_R[:, None]  # a copy: the logits are kept for backward
-                exp_RV = z_RV.exp() if with_entropy else z_RV.exp_()
+                exp_RV = z_RV.clamp_(min=LOWEST).exp() if with_entropy else z_RV.exp_()
                 local_T4[rows, 0] = max_R
                 local_T4[rows, 1] = exp_RV.sum(1)
                 if with_entropy:
                     local_T4[rows, 2] = exp_RV.mul_(z_RV).sum(1)
 
-        if tp_size == 1:
-            shards_ST4 = local_T4[None]
-        else:
-            shards_ST4 = local_T4.new_empty(tp_size, *local_T4.shape)
-            dist.all_gather(list(shards_ST4.unbind(0)), local_T4, group=tp_group)
+        shards_ST4 = _gather(local_T4, tp_group)
         max_ST, sum_ST, weighted_ST, label_ST = shards_ST4.unbind(-1)
         max_T = max_ST.amax(0)
         shift_ST = max_ST - max_T
@@ -130,13 +184,66 @@ class _LogprobsAndEntropy(torch.autograd.Function):
                 if grad_entropy_T is None:
                     grad_RV = logp_RV.exp_().mul_(-grad_logprobs_T[rows, None])
                 else:
-                    p_RV = logp_RV.exp()
+                    p_RV = logp_RV.clamp_(min=LOWEST).exp()
                     slope_RV = logp_RV.add_(entropy_T[rows, None]).mul_(grad_entropy_T[rows, None]).add_(grad_logprobs_T[rows, None])
                     grad_RV = p_RV.mul_(slope_RV).neg_()
                 label_grad_R = grad_logprobs_T[rows].masked_fill(~is_mine_T[rows], 0.0)
                 grad_RV.scatter_add_(1, column_T[rows, None], label_grad_R[:, None])
                 grad_TV[rows, : ctx.num_valid] = grad_RV if ctx.temperature == 1.0 else grad_RV.div_(ctx.temperature)
         return grad_TV, None, None, None, None, None, None, None
+
+
+class _Kl(torch.autograd.Function):
+    """z, y = logits and reference logits / temperature, p, q their softmax, K the KL:
+
+    K = sum p ((z - max z) - (y - max y)) - log sum exp(z - max z) + log sum exp(y - max y)        d K / d z_j = p_j (log p_j - log q_j - K)
+    """
+
+    @staticmethod
+    def forward(ctx, logits_TV, ref_logits_TV, tp_group, temperature, vocab_size):
+        _, rank = _place(tp_group)
+        num_valid = min(max(vocab_size - rank * logits_TV.shape[1], 0), logits_TV.shape[1])
+        dtype = torch.promote_types(logits_TV.dtype, torch.float32)
+        # max z, sum exp(z - max z), sum exp(z - max z) ((z - max z) - (y - max y)), max y, sum exp(y - max y)
+        local_T5 = torch.zeros(logits_TV.shape[0], 5, dtype=dtype, device=logits_TV.device)
+        local_T5[:, [0, 3]] = torch.finfo(dtype).min
+        for rows in _row_chunks(logits_TV) if num_valid else ():
+            z_RV, max_z_R = _shifted(logits_TV[rows, :num_valid], dtype, temperature)
+            y_RV, max_y_R = _shifted(ref_logits_TV[rows, :num_valid], dtype, temperature)
+            exp_RV = z_RV.exp()
+            weighted_RV = (exp_RV * (z_RV.clamp(min=LOWEST) - y_RV)).masked_fill(exp_RV == 0.0, 0.0)
+            local_T5[rows] = torch.stack([max_z_R, exp_RV.sum(1), weighted_RV.sum(1), max_y_R, y_RV.exp().sum(1)], 1)
+
+        max_z_ST, sum_z_ST, weighted_ST, max_y_ST, sum_y_ST = _gather(local_T5, tp_group).unbind(-1)
+        max_z_T, max_y_T = max_z_ST.amax(0), max_y_ST.amax(0)
+        shift_z_ST, shift_y_ST = max_z_ST - max_z_T, max_y_ST - max_y_T
+        scale_ST = shift_z_ST.exp()
+        total_T = (scale_ST * sum_z_ST).sum(0)
+        log_z_T, log_y_T = total_T.log(), (shift_y_ST.exp() * sum_y_ST).sum(0).log()
+        moved_ST = scale_ST * (weighted_ST + sum_z_ST * (shift_z_ST - shift_y_ST))
+        kl_T = moved_ST.masked_fill(scale_ST * sum_z_ST == 0.0, 0.0).sum(0) / total_T - log_z_T + log_y_T
+        ctx.save_for_backward(logits_TV, ref_logits_TV, max_z_T + log_z_T, max_y_T + log_y_T, kl_T)
+        ctx.temperature, ctx.num_valid = temperature, num_valid
+        return kl_T
+
+    @staticmethod
+    def backward(ctx, grad_T):
+        logits_TV, ref_logits_TV, lse_z_T, lse_y_T, kl_T = ctx.saved_tensors
+        grad_TV = torch.zeros_like(logits_TV)
+        for rows in _row_chunks(logits_TV) if ctx.num_valid else ():
+            logp_RV = _scaled(logits_TV[rows, : ctx.num_valid], lse_z_T.dtype, ctx.temperature) - lse_z_T[rows, None]
+            logq_RV = _scaled(ref_logits_TV[rows, : ctx.num_valid], lse_z_T.dtype, ctx.temperature) - lse_y_T[rows, None]
+            p_RV = logp_RV.exp()
+            slope_RV = (logp_RV - logq_RV - kl_T[rows, None]) * (grad_T[rows, None] / ctx.temperature)
+            grad_TV[rows, : ctx.num_valid] = (p_RV * slope_RV).masked_fill(p_RV == 0.0, 0.0)
+        return grad_TV, None, None, None, None
+
+
+def _shifted(logits_RV: Tensor, dtype: torch.dtype, temperature: float) -> tuple[Tensor, Tensor]:
+    """Logits / temperature less each row's largest, and the largest: finite also where all are -inf."""
+    z_RV = _scaled(logits_RV, dtype, temperature)
+    max_R = z_RV.amax(1).clamp(min=torch.finfo(dtype).min)
+    return z_RV - max_R[:, None], max_R
 
 
 def _scaled(logits_RV: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rema.config import ConfigError, RunConfig
+from megatron_rema.kernels import library as kernels
+from megatron_rema.parallel import platform
 from megatron_rema.parallel.pipeline import reduce_stats
 from megatron_rema.parallel.vocab import vocab_parallel_logprobs_and_entropy
 from megatron_rema.report.page import write_report
@@ -39,6 +41,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
         first = dist.get_rank() == 0
         dist.barrier()  # every rank has looked at run_dir before rank 0 makes it
         reporter, folder = Reporter(speaks=first), RunFolder(config.run_dir, writes=first)
+        reporter.say(kernels.select(config.kernels, platform.device()))
         policies = build_policies(config, inputs.architectures, Layouts(), total_steps=max(config.trainer.steps, 1), with_others=False)
 
         learners = trained(policies)  # a frozen partner stays as it is
@@ -69,7 +72,7 @@ def _update(policy: Policy, traces: Sequence[Trace], config: RunConfig) -> dict[
 
     def loss(local_logits_TV: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs_T, _ = vocab_parallel_logprobs_and_entropy(
-            local_logits_TV, batch.labels, model.groups.tp, with_entropy=False, vocab_size=model.arch.vocab_size
+            local_logits_TV, batch.labels, model.groups.tp, with_entropy=False, vocab_size=model.arch.vocab_size, overwrite_logits=True
         )
         total = -torch.where(batch.loss_mask, batch.loss_weights * logprobs_T, 0.0).sum()
         return total, {"loss": total.detach(), "tokens": batch.loss_mask.sum()}

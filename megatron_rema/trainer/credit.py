@@ -10,12 +10,11 @@ from torch import Tensor
 
 from megatron_rema.algorithm.advantage import group_advantage, reinforce_plus_plus
 from megatron_rema.algorithm.baseline import RunningMean, counterfactual_advantage, ema_baseline, plan_rewards
-from megatron_rema.algorithm.gae import gae
 from megatron_rema.algorithm.kl import kl_estimate
-from megatron_rema.algorithm.masked import weighted_whiten
 from megatron_rema.algorithm.selection import informative_groups, within_success_rate
 from megatron_rema.algorithm.shaping import overlong_penalty
 from megatron_rema.config import AlgorithmConfig, RolloutConfig
+from megatron_rema.kernels.advantage import gae, masked_whiten
 from megatron_rema.reward.answers import normalised
 from megatron_rema.reward.components import final_answer
 from megatron_rema.types import Episode, Role, Trace
@@ -205,6 +204,4 @@ def generalized_advantages(
         turn_discount=algorithm.turn_discount,
         turn_lambda=algorithm.turn_lambda,
     )
-    white_T = torch.zeros_like(advantages_T)
-    white_T[mask_T] = weighted_whiten(advantages_T[mask_T], torch.ones(int(mask_T.sum())))
-    return {"advantages": list(white_T.split(sizes)), "returns": list(returns_T.split(sizes))}
+    return {"advantages": list(masked_whiten(advantages_T, mask_T).split(sizes)), "returns": list(returns_T.split(sizes))}

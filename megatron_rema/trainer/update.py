@@ -42,6 +42,7 @@ def update_policy(
             vocab_size=model.arch.vocab_size,
             allowed_sets_SW=batch.allowed_sets,
             allowed_ids_T=batch.allowed_ids,
+            overwrite_logits=True,
         )
         old_logprobs_T = logprobs_T.detach() if batch.old_logprobs is None else batch.old_logprobs
         total, stats = policy_loss(

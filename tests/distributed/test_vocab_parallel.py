@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_rema.parallel.vocab import vocab_parallel_logprobs_and_entropy
+from megatron_rema.parallel.vocab import vocab_parallel_kl, vocab_parallel_logprobs_and_entropy
 
 
 def whole(num_tokens, width, vocab_size, dtype):
@@ -109,3 +109,35 @@ def test_bf16_shards_are_computed_in_float32(run_ranks):
     logprobs_T = torch.log_softmax(logits_TV.double()[:, :22] / 0.7, -1).gather(1, labels_T[:, None])[:, 0]
     assert_close(results[0][0], logprobs_T, atol=5e-6)
     assert results[0][3] == "torch.bfloat16"
+
+
+def kl_on_one_rank(vocab_size):
+    rank, size = dist.get_rank(), dist.get_world_size()
+    logits_TV, ref_TV = pair(vocab_size)
+    local_TV = logits_TV.chunk(size, -1)[rank].clone().requires_grad_()
+    kl_T = vocab_parallel_kl(local_TV, ref_TV.chunk(size, -1)[rank], dist.group.WORLD, temperature=0.7, vocab_size=vocab_size)
+    (kl_T * torch.linspace(-2, 3, 12)).sum().backward()
+    return kl_T.tolist(), local_TV.grad.tolist()
+
+
+def pair(vocab_size):
+    """Row 3: impossible under both on all of the first shard; row 4: impossible under the policy alone."""
+    logits_TV, _ = whole(12, 40, vocab_size, torch.float32)
+    ref_TV = logits_TV.flip(0) * 0.5 + logits_TV * 0.5
+    logits_TV[3, :20] = ref_TV[3, :20] = logits_TV[4, 5:9] = -torch.inf
+    return logits_TV, ref_TV
+
+
+@pytest.mark.parametrize("vocab_size", [40, 22])
+@pytest.mark.parametrize("world", [1, 2])
+def test_exact_kl_of_shards_matches_float64(run_ranks, world, vocab_size):
+    results = run_ranks(world, kl_on_one_rank, vocab_size)
+    logits_TV, ref_TV = (tensor.double()[:, :vocab_size] / 0.7 for tensor in pair(vocab_size))
+    logp_TV, logq_TV = torch.log_softmax(logits_TV, -1), torch.log_softmax(ref_TV, -1)
+    p_TV, difference_TV = logp_TV.exp(), torch.where(logp_TV.isinf(), 0.0, logp_TV - logq_TV)
+    kl_T = (p_TV * difference_TV).sum(-1)
+    assert_close(results[0][0], kl_T, atol=5e-6)
+    grad_TV = torch.zeros(12, 40, dtype=torch.float64)
+    grad_TV[:, :vocab_size] = p_TV * (difference_TV - kl_T[:, None]) * torch.linspace(-2, 3, 12)[:, None] / 0.7
+    assert_close(torch.cat([torch.tensor(rank[1], dtype=torch.float64) for rank in results], -1), grad_TV, atol=2e-5)
+    assert all(rank[0] == results[0][0] for rank in results)

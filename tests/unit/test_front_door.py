@@ -52,6 +52,7 @@ BAD_INPUT = {  # name: (overrides, environment, what the message must hold)
     "not a number": (["parallel.actor.tensor=two"], {}, ["parallel.actor.tensor", "two", "integer"]),
     "out of range": (["rollout.prompts_per_step=0"], {}, ["rollout.prompts_per_step", "0", "greater than or equal to 1"]),
     "not a choice": (["algorithm.aggregation=sum"], {}, ["algorithm.aggregation", "sum", "turn"]),
+    "unknown kernels": (["kernels=triton"], {}, ["kernels", "triton", "'auto', 'fused' or 'reference'"]),
     "unset value": (["task.train_file=???"], {}, ["task.train_file", "not set"]),
     "world size that does not fit": (["parallel.actor.tensor=2"], {}, ["parallel.actor.tensor (2)", "world_size (1)", "torchrun"]),
     "tensor that does not divide the heads": (["parallel.actor.tensor=3"], WORLD_OF_3, ["parallel.tensor (3)", "heads (4)"]),

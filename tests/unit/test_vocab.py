@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_rema.parallel import vocab
-from megatron_rema.parallel.vocab import vocab_parallel_logprobs_and_entropy
+from megatron_rema.parallel.vocab import vocab_parallel_kl, vocab_parallel_logprobs_and_entropy
 
 
 def make(num_tokens=13, width=24, vocab_size=21, scale=3.0, dtype=torch.float32):
@@ -161,6 +161,37 @@ def test_nan_logits_and_impossible_labels_are_not_hidden():
     logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(logits_TV, labels_T, None, with_entropy=True, vocab_size=21)
     assert logprobs_T.isnan().nonzero()[:, 0].tolist() == [2, 5, 6]
     assert entropy_T.isnan().nonzero()[:, 0].tolist() == [2]
+
+
+def test_impossible_logits_have_no_probability_and_no_gradient():
+    """Row 0: three -inf of 21; row 1: all but the label's. Entropies are those of the other columns; 0 * log 0 = 0."""
+    logits_TV, labels_T = make()
+    labels_T[:2] = torch.tensor([9, 9])
+    logits_TV[0, 3:6] = logits_TV[1, :9] = logits_TV[1, 10:21] = -torch.inf
+    leaf_TV = logits_TV.clone().requires_grad_()
+    logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(leaf_TV, labels_T, None, with_entropy=True, vocab_size=21)
+    (logprobs_T + entropy_T).sum().backward()
+    kept = [*range(3), *range(6, 21)]
+    expected_logp, expected_entropy = reference(logits_TV[:1, kept], labels_T[:1] - 3, 1.0, 18)
+    torch.testing.assert_close(logprobs_T[:1].double(), expected_logp, atol=5e-6, rtol=0)
+    torch.testing.assert_close(entropy_T[:1].double(), expected_entropy, atol=5e-6, rtol=0)
+    assert logprobs_T[1] == 0.0 and entropy_T[1] == 0.0
+    assert leaf_TV.grad.isfinite().all() and (leaf_TV.grad[0, 3:6] == 0).all() and (leaf_TV.grad[1] == 0).all()
+
+
+def test_exact_kl_gradients_match_finite_differences():
+    logits_TV, _ = make(5, 7, 6, scale=1.0, dtype=torch.float64)
+    ref_TV = logits_TV.flip(0).clone()
+    logits_TV[:, 6:] = ref_TV[:, 6:] = 0.0
+    assert torch.autograd.gradcheck(lambda x: vocab_parallel_kl(x, ref_TV, None, temperature=0.7, vocab_size=6), logits_TV.requires_grad_())
+
+
+def test_exact_kl_by_hand():
+    """p = (3/4, 1/4), q = (1/2, 1/2): KL = 3/4 log(3/2) + 1/4 log(1/2) = 0.130812."""
+    p_TV, q_TV = torch.tensor([[3.0, 1.0]]).log(), torch.zeros(1, 2)
+    assert vocab_parallel_kl(p_TV, q_TV, None, vocab_size=2).item() == pytest.approx(0.1308120, abs=1e-6)
+    assert vocab_parallel_kl(p_TV, p_TV, None, vocab_size=2).item() == pytest.approx(0.0, abs=1e-7)
+    assert vocab_parallel_kl(p_TV, torch.tensor([[0.0, -torch.inf]]), None, vocab_size=2).item() == float("inf")
 
 
 def test_no_tokens_are_fine():

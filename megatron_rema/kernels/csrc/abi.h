@@ -1,0 +1,49 @@
+// What both libraries export: the same functions with the same arguments, whether a GPU or a CPU computes. Plain C, no torch.
+//
+// Pointers are device memory for librema_cuda.so and host memory for librema_cpu.so. `threads` counts CPU threads and is ignored on CUDA;
+// `stream` is a cudaStream_t and is ignored on the CPU. Functions return 0, or a code that rema_error explains. Nothing is allocated here.
+// Matrices are [rows, columns] with columns next to each other and `stride` elements from a row to the next; sizes are 64-bit throughout.
+// dtype: 0 float32, 1 bfloat16, 2 float16.
+#pragma once
+#include <stdint.h>
+
+#define REMA_API extern "C" __attribute__((visibility("default")))
+
+// "key=value;..." of the build: sources (their hash), target.
+REMA_API const char* rema_build();
+REMA_API const char* rema_error(int code);
+
+// --- statistics of softmax(logits * scale), scale = 1 / temperature ---------------------------------------------------
+// One read of this rank's columns [first_column, first_column + columns) of the vocabulary. part [rows, 4], or [rows, 8] with ref_logits:
+// what other ranks need to know (see core.h). Columns of padding are simply not counted in `columns`, which may be 0.
+REMA_API int rema_logits_partial(const void* logits, const void* ref_logits, int dtype, int64_t rows, int64_t columns, int64_t stride,
+                                 int64_t ref_stride, const int64_t* labels, int64_t first_column, double scale, float* part, int threads,
+                                 void* stream);
+
+// parts [shards, rows, 4 or 8], merged in rank order. All in nats, [rows]: log-probability of the label (NaN where the label is outside
+// [0, vocab_size)), entropy, KL(softmax(logits) || softmax(ref_logits)) (with_ref only). norms [rows, 2 or 4]: what the gradient needs.
+REMA_API int rema_logits_finish(const float* parts, int with_ref, int64_t shards, int64_t rows, const int64_t* labels, int64_t vocab_size,
+                                double scale, float* logprobs, float* entropy, float* kl, float* norms, int threads, void* stream);
+
+// Gradient of sum(grad_logprobs * logprobs + grad_entropy * entropy + grad_kl * kl) with respect to this rank's logits; any of the three
+// may be null. grad may be the logits themselves. Columns from `columns` to `width` are padding and get 0. A row whose incoming gradients
+// are all 0 gets 0 without being read.
+REMA_API int rema_logits_grad(const void* logits, const void* ref_logits, void* grad, int dtype, int64_t rows, int64_t columns, int64_t width,
+                              int64_t stride, int64_t ref_stride, int64_t grad_stride, const int64_t* labels, int64_t first_column,
+                              double scale, const float* norms, const float* entropy, const float* kl, const float* grad_logprobs,
+                              const float* grad_entropy, const float* grad_kl, int threads, void* stream);
+
+// --- advantages over packed traces, [tokens] --------------------------------------------------------------------------
+// The recurrence of algorithm/gae.py. Sums are float64 inside. mask: 1 for an own token. scratch: rema_gae_scratch(tokens) bytes.
+REMA_API int64_t rema_gae_scratch(int64_t tokens);
+REMA_API int rema_gae(const float* rewards, const float* values, const int64_t* turn_ids, const int64_t* trace_ids, const uint8_t* mask,
+                      int64_t tokens, double discount, double gae_lambda, double turn_discount, double turn_lambda, float* advantages,
+                      float* returns, void* scratch, int threads, void* stream);
+
+// moments [3]: how many values the mask keeps, their mean, the sum of their squared distances from it.
+REMA_API int64_t rema_moments_scratch(int64_t tokens);
+REMA_API int rema_moments(const float* values, const uint8_t* mask, int64_t tokens, double* moments, void* scratch, int threads,
+                          void* stream);
+// moments [shards, 3], merged in order. out = (value - mean) / sqrt(variance + eps), 0 where the mask is 0. out may be values.
+REMA_API int rema_whiten(const float* values, const uint8_t* mask, int64_t tokens, const double* moments, int64_t shards, double eps,
+                         float* out, int threads, void* stream);
