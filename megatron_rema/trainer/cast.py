@@ -14,8 +14,9 @@ import torch.distributed as dist
 
 from megatron_rema.architecture import Architecture
 from megatron_rema.bridge.weights import iterate_hf_tensors, load_hf, save_hf
-from megatron_rema.config import LayoutConfig, RunConfig
+from megatron_rema.config import ConfigError, LayoutConfig, RunConfig
 from megatron_rema.engine.start import build_engine
+from megatron_rema.kernels import library as kernels
 from megatron_rema.models.optimizer import Optimizer, build_optimizer
 from megatron_rema.models.policy import ParallelModel, build_policy
 from megatron_rema.parallel import platform
@@ -67,6 +68,21 @@ def chat_formats(config: RunConfig) -> dict[Role, ChatFormat]:
     """Each role's chat format: that of the policy which speaks for it."""
     of_path = {path: ChatFormat.from_pretrained(path) for path in dict.fromkeys(map(config.model_path, config.agents.policies))}
     return {role: of_path[config.model_path(policy)] for role, policy in config.policy_of_role.items()}
+
+
+def choose_kernels(config: RunConfig) -> str:
+    """Choose this process's kernels; returns what to log. Raises ConfigError where ranks would choose differently: what they gather from
+    each other is not the same numbers. A collective of the world."""
+    chosen = kernels.select(config.kernels, platform.device())
+    everywhere: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(everywhere, chosen)
+    for rank, other in enumerate(everywhere):
+        if other != everywhere[0]:
+            raise ConfigError(
+                f"kernels is {config.kernels}, which is '{everywhere[0]}' on rank 0 and '{other}' on rank {rank}; all ranks must compute "
+                "alike: build the kernels on every machine, or set kernels=reference."
+            )
+    return chosen
 
 
 def dialogue_rules(config: RunConfig) -> DialogueRules:

@@ -9,13 +9,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rema.config import ConfigError, RunConfig
-from megatron_rema.kernels import library as kernels
-from megatron_rema.parallel import platform
 from megatron_rema.parallel.pipeline import reduce_stats
 from megatron_rema.parallel.vocab import vocab_parallel_logprobs_and_entropy
 from megatron_rema.report.page import write_report
 from megatron_rema.rollout.traces import traces_of_dialogue
-from megatron_rema.trainer.cast import Layouts, Policy, build_policies, chat_formats, dialogue_rules, export_hf, process_group, trained
+from megatron_rema.trainer.cast import (
+    Layouts,
+    Policy,
+    build_policies,
+    chat_formats,
+    choose_kernels,
+    dialogue_rules,
+    export_hf,
+    process_group,
+    trained,
+)
 from megatron_rema.trainer.experience import pack_for_rank
 from megatron_rema.trainer.inputs import Inputs
 from megatron_rema.trainer.progress import Reporter
@@ -41,7 +49,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
         first = dist.get_rank() == 0
         dist.barrier()  # every rank has looked at run_dir before rank 0 makes it
         reporter, folder = Reporter(speaks=first), RunFolder(config.run_dir, writes=first)
-        reporter.say(kernels.select(config.kernels, platform.device()))
+        reporter.say(choose_kernels(config))
         policies = build_policies(config, inputs.architectures, Layouts(), total_steps=max(config.trainer.steps, 1), with_others=False)
 
         learners = trained(policies)  # a frozen partner stays as it is

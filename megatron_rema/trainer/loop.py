@@ -14,9 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rema.config import RunConfig, TrainerConfig, as_mapping
-from megatron_rema.kernels import library as kernels
 from megatron_rema.models.policy import ParallelModel
-from megatron_rema.parallel import platform
 from megatron_rema.report.page import write_report
 from megatron_rema.reward.assign import assign, counterfactual_metrics, reward_metrics, set_apart
 from megatron_rema.reward.behaviour import behaviour_metrics
@@ -34,6 +32,7 @@ from megatron_rema.trainer.cast import (
     build_model,
     build_policies,
     chat_formats,
+    choose_kernels,
     dialogue_rules,
     export_hf,
     process_group,
@@ -105,7 +104,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
         dist.barrier()  # every rank has looked at run_dir before rank 0 makes it
         reporter, folder = Reporter(speaks=first), RunFolder(config.run_dir, writes=first)
         explain(config, reporter)
-        reporter.say(kernels.select(config.kernels, platform.device()))
+        reporter.say(choose_kernels(config))
         total_steps = config.trainer.token_budget or config.trainer.steps * config.trainer.minibatches_per_step
         layouts = Layouts()
         policies = build_policies(config, inputs.architectures, layouts, total_steps=max(total_steps, 1), with_others=True)
