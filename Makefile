@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 GOLDEN := build/golden
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install kernels demo check test golden gpu bench clean
+.PHONY: help install kernels demo check test golden gpu bench results clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -53,7 +53,11 @@ gpu: $(STAMP)  ## GPU suite
 	$(BIN)/python -m pytest tests -q -m gpu
 
 bench: $(STAMP)  ## benchmark tables
-	for script in benchmarks/*.py; do $(BIN)/python $$script; done
+	for name in training_step kernels conversion_memory; do $(BIN)/python benchmarks/$$name.py; done
+
+results: $(STAMP)  ## train what docs/results.md compares and has not been run yet: hours
+	test -d data/arith || $(BIN)/python tools/make_arith.py data/arith
+	$(BIN)/python benchmarks/rema_vs_single_agent.py run
 
 clean:  ## remove what is built, keep runs/
 	rm -rf $(VENV) build megatron_rema/kernels/lib *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
