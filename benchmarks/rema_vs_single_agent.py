@@ -199,14 +199,16 @@ def run(jobs: Sequence[Job], workers: int) -> None:
     with Progress(*columns, console=console) as progress, ThreadPoolExecutor(workers) as pool:
         for title, todo, work in (("cold starts", list(starts), _cold_start), ("runs", list(jobs), _train)):
             bar = progress.add_task(title, total=len(todo))
-            for line in pool.map(lambda one, work=work: work(*one) if isinstance(one, tuple) else work(one), todo):
+            for line in pool.map(work, todo):
                 progress.advance(bar)
                 progress.console.print(line)
 
 
-def _cold_start(name: str, seed: int) -> str:
+def _cold_start(start: tuple[str, int]) -> str:
+    name, seed = start
     folder = cold_start_dir(name, seed)
-    seconds, _ = _execute("sft", folder, [f"experiment={COLD_STARTS[name][0]}", "parallel=single", f"seed={seed}"])
+    overrides = [f"experiment={COLD_STARTS[name][0]}", "parallel=single", f"seed={seed}", f"run_dir={folder.relative_to(ROOT)}"]
+    seconds, _ = _execute("sft", folder, overrides)
     return f"cold start {name}, seed {seed}: {seconds:.0f} s"
 
 
@@ -214,7 +216,7 @@ _recording = threading.Lock()
 
 
 def _train(job: Job) -> str:
-    wall, cpu = _execute("train", RUNS / job.name, job.overrides, has_run_dir=True)
+    wall, cpu = _execute("train", RUNS / job.name, job.overrides)
     row = {"method": job.method.name, "seed": job.seed, "overrides": job.overrides, **measured(RUNS / job.name)}
     row |= {
         "wall_s": round(wall, 1),
@@ -229,16 +231,15 @@ def _train(job: Job) -> str:
     return f"{job.name}: {wall:.0f} s, held-out {final(row, 'heldout', 1.0):.3f}, ood {final(row, 'ood', 1.0):.3f}"
 
 
-def _execute(program: str, folder: Path, overrides: Sequence[str], *, has_run_dir: bool = False) -> tuple[float, float]:
-    """Run one front door in a process of its own. Returns (wall, CPU) seconds; the CPU time is that of it and its children."""
+def _execute(program: str, folder: Path, overrides: Sequence[str]) -> tuple[float, float]:
+    """Run one front door, whose run_dir is ``folder``, in a process of its own. Returns its (wall, CPU) seconds, children included."""
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
     folder.parent.mkdir(parents=True, exist_ok=True)
-    where = [] if has_run_dir else [f"run_dir={folder.relative_to(ROOT)}"]
     log = folder.with_suffix(".log")
     begin = time.perf_counter()
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", f"megatron_rema.{program}", *overrides, *where],
+            [sys.executable, "-m", f"megatron_rema.{program}", *overrides],
             cwd=ROOT,
             stdout=output,
             stderr=subprocess.STDOUT,

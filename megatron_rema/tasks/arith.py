@@ -286,12 +286,12 @@ def write_task(
     (out / "model" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name, prompts in sets.items():
         rows = ({"question": p.question, "answer": p.answer, "level": p.level, "subset": p.subset} for p in prompts)
-        _write_jsonl(out / f"{name}.jsonl", rows)
-    _write_jsonl(out / "cold_start.jsonl", dialogues)
-    _write_jsonl(out / "cold_start_vrp.jsonl", alone(dialogues, as_chain))
-    _write_jsonl(out / "cold_start_mrp.jsonl", alone(dialogues, as_plan_and_chain))
-    _write_jsonl(out / "preferences.jsonl", write_pairs(seed, num_pairs, PAIR_LEVELS, PAIR_IMPERFECTIONS, heldout=False))
-    _write_jsonl(out / "preferences_heldout.jsonl", write_pairs(seed, num_heldout_pairs, levels, imperfections, heldout=True))
+        write_jsonl(out / f"{name}.jsonl", rows)
+    write_jsonl(out / "cold_start.jsonl", dialogues)
+    write_jsonl(out / "cold_start_vrp.jsonl", alone(dialogues, as_chain))
+    write_jsonl(out / "cold_start_mrp.jsonl", alone(dialogues, as_plan_and_chain))
+    write_jsonl(out / "preferences.jsonl", write_pairs(seed, num_pairs, PAIR_LEVELS, PAIR_IMPERFECTIONS, heldout=False))
+    write_jsonl(out / "preferences_heldout.jsonl", write_pairs(seed, num_heldout_pairs, levels, imperfections, heldout=True))
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")  # last: its presence says that the folder is complete
     return manifest
 
@@ -315,6 +315,6 @@ def _turns(dialogue: WrittenTurns) -> list[dict[str, str]]:
     return [{"role": str(tuple(Role)[i % 2]), "text": text} for i, text in enumerate(dialogue.texts)]
 
 
-def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with path.open("w") as lines:
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with path.open("x") as lines:  # nothing is overwritten
         lines.writelines(json.dumps(row) + "\n" for row in rows)

@@ -10,13 +10,12 @@ Questions fall on the held-out side as in `arith`, so that neither task's traini
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rema.tasks.arith import is_heldout
+from megatron_rema.tasks.arith import is_heldout, write_jsonl
 from megatron_rema.tasks.expression import MAX_VALUE, Expression, draw, next_operation, replace_next, show, value_of
 from megatron_rema.types import LETTERS, Role
 
@@ -106,9 +105,4 @@ def write_judge_task(
         "judge_cold_start": write_dialogues(seed, num_dialogues, levels),
     }
     for name, rows in files.items():
-        _write_jsonl(out / f"{name}.jsonl", rows)
-
-
-def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with path.open("x") as lines:  # nothing is overwritten
-        lines.writelines(json.dumps(row) + "\n" for row in rows)
+        write_jsonl(out / f"{name}.jsonl", rows)
