@@ -193,7 +193,8 @@ class AlgorithmConfig:
     log_ratio_cap: NonNegative = 3.0
     kl_coef: NonNegative = 0.0  # > 0 keeps a frozen reference copy of each policy
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    reward_kl_coef: NonNegative = 0.0  # gae: takes this times the k1 KL to the reference off the reward of every token
+    reward_kl_coef: NonNegative = 0.0  # gae: takes this times the KL to the reference off the reward of every token
+    reward_kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # of that KL
     entropy_coef: float = 0.0
 
     @property

@@ -230,7 +230,7 @@ class Batch:
     """A packed microbatch: B sequences laid end to end, then padding that forms a sequence of its own.
 
     Every per-token field is aligned with ``labels``: position t holds what belongs to predicting ``labels[t]`` from
-    ``tokens[..t]``. ``turn_ids`` are dense over the batch (0..num_turns-1, -1 = not trained), so one segment reduction
+    ``tokens[..t]``. ``turn_ids`` are dense over the batch (0..num_turns-1 in order, -1 = not trained), so one segment reduction
     serves all sequences. ``loss_weights`` already hold the global normaliser of the optimizer step.
     """
 
@@ -242,7 +242,7 @@ class Batch:
     loss_mask: Tensor  # [T] bool
     turn_ids: Tensor  # [T] int64
     trace_ids: Tensor  # [T] int64, index of the sequence in this batch
-    num_turns: int
+    cu_turns: Tensor  # [num_turns+1] int64, where each turn begins, from 0 to T; what is nobody's belongs to the turn before
     loss_weights: Tensor | None = None  # [T] float32, 0.0 where loss_mask is False
     advantages: Tensor | None = None  # [T] float32
     rollout_logprobs: Tensor | None = None  # [T] float32
@@ -253,6 +253,11 @@ class Batch:
     # The distinct sets of tokens that labels were sampled from (S sets, W = ceil(V / 32) words: see Trace.allowed). None: all of V
     allowed_sets: Tensor | None = None  # [S, W] int32
     allowed_ids: Tensor | None = None  # [T] int64, 0..S-1
+
+    @property
+    def num_turns(self) -> int:
+        """At least 1: a batch without a turn has one without a token."""
+        return len(self.cu_turns) - 1
 
 
 class Engine(Protocol):

@@ -29,3 +29,14 @@ def kl_estimate(logprobs_T: Tensor, ref_logprobs_T: Tensor, *, estimator: KLEsti
         x_T = x_T.clamp(max=log_ratio_cap)
         return x_T.expm1() - x_T
     raise ValueError(f"estimator must be one of {get_args(KLEstimator)}, got {estimator!r}.")
+
+
+def penalised_rewards(
+    rewards_T: Tensor, logprobs_T: Tensor, ref_logprobs_T: Tensor, loss_mask_T: Tensor, *, coef: float, estimator: KLEstimator
+) -> Tensor:
+    """[T] each own token's reward less coef * KL of the sampling policy from the reference; 0 where loss_mask is False.
+
+    k1 is the usual one: its mean is the KL. Source: InstructGPT arXiv:2203.02155 eq. 2.
+    """
+    kl_T = kl_estimate(logprobs_T, ref_logprobs_T, estimator=estimator)
+    return (rewards_T - coef * kl_T).masked_fill(~loss_mask_T, 0.0)

@@ -142,7 +142,10 @@ def policy_loss(
     a trace ratio) keep their own credit. Untrained positions are not read. No trained token: loss 0 with gradient 0.
     Gradient flows to logprobs_T and entropy_T only.
     """
-    _check_coefficients(clip_low, clip_high, dual_clip, ref_logprobs_T, kl_coef, kl_estimator, entropy_T, entropy_coef)
+    check_options(
+        level=level, mean=mean, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, log_ratio_cap=log_ratio_cap,
+        ref_logprobs_T=ref_logprobs_T, kl_coef=kl_coef, kl_estimator=kl_estimator, entropy_T=entropy_T, entropy_coef=entropy_coef,
+    )  # fmt: skip
 
     def trained(values_T: Tensor) -> Tensor:
         return values_T.masked_fill(~loss_mask_T, 0.0)  # first of all, so that an untrained NaN meets no gradient either
@@ -200,16 +203,26 @@ def policy_loss(
     return loss, stats
 
 
-def _check_coefficients(
+def check_options(
+    *,
+    level: Level,
+    mean: Mean,
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
+    log_ratio_cap: float,
     ref_logprobs_T: Tensor | None,
     kl_coef: float,
     kl_estimator: KLEstimator,
     entropy_T: Tensor | None,
     entropy_coef: float,
 ) -> None:
+    """Raises ValueError for what `policy_loss` cannot take."""
+    for name, value, kind in (("level", level, Level), ("mean", mean, Mean), ("kl_estimator", kl_estimator, KLEstimator)):
+        if value not in get_args(kind):
+            raise ValueError(f"{name} must be one of {get_args(kind)}, got {value!r}.")
+    if log_ratio_cap < 0.0:
+        raise ValueError(f"log_ratio_cap must be at least 0, got {log_ratio_cap}: it bounds the ratio from above.")
     if not (0.0 <= clip_low <= 1.0 and clip_high >= 0.0):
         raise ValueError(f"clip_low must be in [0, 1] and clip_high >= 0, got {clip_low} and {clip_high}.")
     if dual_clip is not None and dual_clip <= 1.0 + clip_high:

@@ -26,11 +26,19 @@ _SIGNATURES = {
     "rema_logits_partial": [_P, _P, _I, _L, _L, _L, _L, _P, _L, _D, _P, *_RUN],
     "rema_logits_finish": [_P, _I, _L, _L, _P, _L, _D, _P, _P, _P, _P, *_RUN],
     "rema_logits_grad": [_P, _P, _P, _I, _L, _L, _L, _L, _L, _L, _P, _L, _D, _P, _P, _P, _P, _P, _P, *_RUN],
-    "rema_gae": [_P, _P, _P, _P, _P, _L, _D, _D, _D, _D, _P, _P, _P, *_RUN],
-    "rema_moments": [_P, _P, _L, _P, _P, *_RUN],
+    "rema_gae": [_P, _P, _P, _P, _I, _D, _P, _P, _P, _L, _D, _D, _D, _D, _P, _P, _P, *_RUN],
+    "rema_moments": [_P, _P, _P, _L, _P, _P, *_RUN],
     "rema_whiten": [_P, _P, _L, _P, _L, _D, _P, *_RUN],
+    "rema_groups": [_P, _P, _L, _I, _D, _P, _P, *_RUN],
+    "rema_policy_loss": [*[_P] * 8, _L, _L, _I, _D, _D, _D, _D, _I, _D, _D, _P, _P, _P, _P, _P, *_RUN],
 }
-_SIZES = ("rema_gae_scratch", "rema_moments_scratch")  # tokens -> bytes
+# counts -> bytes
+_SIZES = {
+    "rema_gae_scratch": [_L],
+    "rema_moments_scratch": [_L],
+    "rema_groups_scratch": [_L],
+    "rema_policy_loss_scratch": [_L, _L],
+}
 _REMEDY = "build them with `python -m megatron_rema.kernels.build`"
 
 
@@ -51,16 +59,16 @@ class Library:
             raise Unavailable(f"{path.name} cannot be loaded ({error}): {_REMEDY}") from error
         for name, arguments in _SIGNATURES.items():
             getattr(self._functions, name).argtypes = arguments
-        for name in _SIZES:
-            getattr(self._functions, name).argtypes, getattr(self._functions, name).restype = [_L], _L
+        for name, counts in _SIZES.items():
+            getattr(self._functions, name).argtypes, getattr(self._functions, name).restype = counts, _L
         self._functions.rema_build.restype = self._functions.rema_error.restype = ctypes.c_char_p
         self.build = dict(pair.split("=", 1) for pair in self._functions.rema_build().decode().split(";"))
         if check_sources and SOURCES.is_dir() and self.build["sources"] != sources_hash():
             raise Unavailable(f"{path.name} is older than its sources: {_REMEDY}")
 
-    def scratch(self, name: str, like: Tensor) -> Tensor:
-        """Working memory of ``rema_<name>`` for as many tokens as ``like`` has, on its device."""
-        return torch.empty(getattr(self._functions, f"rema_{name}_scratch")(like.numel()), dtype=torch.uint8, device=like.device)
+    def scratch(self, name: str, device: torch.device, *counts: int) -> Tensor:
+        """Working memory of ``rema_<name>`` for that many tokens, traces or units."""
+        return torch.empty(getattr(self._functions, f"rema_{name}_scratch")(*counts), dtype=torch.uint8, device=device)
 
     def call(self, name: str, device: torch.device, *arguments: Tensor | float | None) -> None:
         """Tensors are passed as pointers, None as a null pointer. On CUDA: queued on the current stream of ``device``."""

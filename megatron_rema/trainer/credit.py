@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_rema.algorithm.advantage import group_advantage, reinforce_plus_plus
 from megatron_rema.algorithm.baseline import RunningMean, counterfactual_advantage, ema_baseline, plan_rewards
-from megatron_rema.algorithm.kl import kl_estimate
 from megatron_rema.algorithm.selection import informative_groups, within_success_rate
 from megatron_rema.algorithm.shaping import overlong_penalty
 from megatron_rema.config import AlgorithmConfig, RolloutConfig
-from megatron_rema.kernels.advantage import gae, masked_whiten
+from megatron_rema.kernels.advantage import gae, group_advantage, masked_whiten, reinforce_plus_plus
 from megatron_rema.reward.answers import normalised
 from megatron_rema.reward.components import final_answer
 from megatron_rema.types import Episode, Role, Trace
@@ -172,20 +171,17 @@ def generalized_advantages(
 ) -> dict[str, list[Tensor]]:
     """Columns ``advantages`` (whitened over every own token of the step) and ``returns``, [L-1] a trace, from the critic's ``values``.
 
-    A turn's reward stands on its last token. With ``algorithm.reward_kl_coef`` every own token also pays that times
-    log policy - log reference (``old_logprobs``, ``ref_logprobs``), whose mean is the KL: InstructGPT arXiv:2203.02155 eq. 2.
+    A turn's reward stands on its last token. With ``algorithm.reward_kl_coef`` every own token also pays that times the KL of the
+    sampling policy (``old_logprobs``) from the reference (``ref_logprobs``).
     """
     sizes = [len(trace.token_ids) - 1 for trace in traces]
     mask_T = torch.tensor([own for trace in traces for own in trace.loss_mask[1:]])
     first_turn = 0
     turn_ids: list[int] = []
     rewards: list[Tensor] = []
-    for index, trace in enumerate(traces):
+    for trace in traces:
         own = torch.tensor(trace.turn_ids[1:])
         rewards_L = torch.zeros(len(own))
-        if algorithm.reward_kl_coef > 0:
-            kl_L = kl_estimate(columns["old_logprobs"][index], columns["ref_logprobs"][index], estimator="k1")
-            rewards_L = torch.where(own >= 0, -algorithm.reward_kl_coef * kl_L, 0.0)
         for turn, reward in enumerate(trace.turn_rewards):
             places = (own == turn).nonzero()
             if len(places):
@@ -193,6 +189,10 @@ def generalized_advantages(
         rewards.append(rewards_L)
         turn_ids += torch.where(own >= 0, own + first_turn, -1).tolist()
         first_turn += 1 + max(trace.turn_ids)
+    kl: dict[str, Any] = {}
+    if algorithm.reward_kl_coef > 0:
+        kl = {"logprobs_T": torch.cat(list(columns["old_logprobs"])), "ref_logprobs_T": torch.cat(list(columns["ref_logprobs"]))}
+        kl |= {"kl_coef": algorithm.reward_kl_coef, "kl_estimator": algorithm.reward_kl_estimator}
     advantages_T, returns_T = gae(
         torch.cat(rewards),
         torch.cat(list(columns["values"])),
@@ -203,5 +203,6 @@ def generalized_advantages(
         gae_lambda=algorithm.gae_lambda,
         turn_discount=algorithm.turn_discount,
         turn_lambda=algorithm.turn_lambda,
+        **kl,
     )
     return {"advantages": list(masked_whiten(advantages_T, mask_T).split(sizes)), "returns": list(returns_T.split(sizes))}

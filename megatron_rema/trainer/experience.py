@@ -73,6 +73,9 @@ def pack(traces: Sequence[Trace], length: int, columns: Mapping[str, Sequence[to
         trace_ids += [index] * size
     positions = torch.cat([torch.arange(size) for size in [*sizes, *padding]])
     boundaries = torch.tensor([0, *sizes, *padding], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    turn_ids_T = torch.tensor(turn_ids + [-1] * rest)
+    # where later turns begin; one without a label has the start of the next
+    starts = torch.searchsorted(turn_ids_T.cummax(0).values, torch.arange(1, max(first_turn, 1)))
     batch = Batch(
         tokens=torch.tensor(tokens + [0] * rest),
         labels=torch.tensor(labels + [0] * rest),
@@ -80,9 +83,9 @@ def pack(traces: Sequence[Trace], length: int, columns: Mapping[str, Sequence[to
         cu_seqlens=boundaries,
         max_seqlen=longest,
         loss_mask=torch.tensor(mask + [False] * rest),
-        turn_ids=torch.tensor(turn_ids + [-1] * rest),
+        turn_ids=turn_ids_T,
         trace_ids=torch.tensor(trace_ids),
-        num_turns=first_turn,
+        cu_turns=torch.cat([torch.tensor([0]), starts, torch.tensor([length])]),
         rollout_logprobs=torch.tensor(rollout_logprobs + [0.0] * rest),
         advantages=torch.tensor(advantages + [0.0] * rest),
     )

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_rema.algorithm.losses import PolicyLossStats, policy_loss
+from megatron_rema.algorithm.losses import PolicyLossStats
 from megatron_rema.algorithm.value import ValueLossStats, value_loss
 from megatron_rema.config import AlgorithmConfig
+from megatron_rema.kernels.policy import policy_loss
 from megatron_rema.models.optimizer import Optimizer
 from megatron_rema.models.policy import ParallelModel
 from megatron_rema.parallel.pipeline import reduce_stats
@@ -53,7 +54,8 @@ def update_policy(
             batch.turn_ids,
             batch.trace_ids,
             batch.loss_mask,
-            num_turns=batch.num_turns,
+            cu_turns=batch.cu_turns,
+            cu_seqlens=batch.cu_seqlens,
             level=algorithm.ratio_level,
             mean=algorithm.ratio_mean,
             clip_low=algorithm.clip_low,

@@ -86,5 +86,5 @@ def _packed(tokens_BT: Tensor) -> Batch:
         loss_mask=zeros_T.bool(),
         turn_ids=zeros_T - 1,
         trace_ids=torch.arange(num_sequences).repeat_interleave(num_tokens),
-        num_turns=0,
+        cu_turns=torch.tensor([0, tokens_BT.numel()]),
     )

@@ -50,7 +50,7 @@ def packed(tokens: list[int]) -> Batch:
         loss_mask=torch.zeros(num_tokens, dtype=torch.bool),
         turn_ids=torch.full((num_tokens,), -1),
         trace_ids=torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS)),
-        num_turns=0,
+        cu_turns=torch.tensor([0, num_tokens]),
     )
 
 

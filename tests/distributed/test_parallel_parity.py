@@ -81,7 +81,7 @@ def pack(parts: list[torch.Tensor], total: int) -> Batch:
         loss_mask=mask,
         turn_ids=torch.where(mask, 0, -1),
         trace_ids=torch.repeat_interleave(torch.arange(len(pieces)), torch.tensor(pieces)),
-        num_turns=1,
+        cu_turns=torch.tensor([0, len(mask)]),
         loss_weights=mask.float() / sum(LENGTHS),
     )
 

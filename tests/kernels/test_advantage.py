@@ -1,4 +1,4 @@
-"""The fused advantage scan and whitening against algorithm/, which computes in float64.
+"""The fused advantage scan, group statistics and whitening against algorithm/, which computes in float64.
 
 Shapes: T label positions of packed traces.
 """
@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_rema.algorithm import gae as reference
+from megatron_rema.algorithm.advantage import group_advantage as group_advantages_of_algorithm
+from megatron_rema.algorithm.kl import penalised_rewards
 from megatron_rema.algorithm.masked import masked_moments, merge_moments, weighted_whiten, whiten
-from megatron_rema.kernels.advantage import gae, masked_whiten
+from megatron_rema.kernels.advantage import gae, group_advantage, masked_whiten, reinforce_plus_plus, turn_returns
 from megatron_rema.kernels.library import using
 
 NAN = float("nan")
@@ -175,7 +177,91 @@ def test_ranks_whiten_over_all_their_values(run_ranks, libraries, mode):
 
 def test_the_operators_keep_torchs_contract(on_cpu):
     columns = [column.nan_to_num(0.0) if column.is_floating_point() else column for column in packed([5, 9])]
-    torch.library.opcheck(torch.ops.megatron_rema.gae.default, (*columns, 0.9, 0.9, 0.9, 0.9))
-    torch.library.opcheck(torch.ops.megatron_rema.moments.default, (columns[0], columns[4]))
-    moments_13 = torch.ops.megatron_rema.moments(columns[0], columns[4])[None]
+    torch.library.opcheck(torch.ops.megatron_rema.gae.default, (*columns, 0.9, 0.9, 0.9, 0.9, None, None, 0.0, 0))
+    torch.library.opcheck(torch.ops.megatron_rema.moments.default, (columns[0], columns[4], None))
+    moments_13 = torch.ops.megatron_rema.moments(columns[0], columns[4], None)[None]
+    torch.library.opcheck(torch.ops.megatron_rema.groups.default, (columns[0], columns[3], 0, 1e-6))
     torch.library.opcheck(torch.ops.megatron_rema.whiten.default, (columns[0], columns[4], moments_13, 1e-8))
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_kl_in_the_reward_is_that_of_algorithm(device, estimator):
+    columns = packed([1000, 3000, 1, 2500], own=0.9)
+    logprobs_T, ref_T = -3 * torch.rand(2, 6501, generator=torch.Generator().manual_seed(4))
+    ref_T[0], columns[4][0], columns[2][0] = 100.0, True, 0  # a log-ratio of 100 is capped
+    mask_T = columns[4]
+    logprobs_T, ref_T = logprobs_T.masked_fill(~mask_T, NAN), ref_T.masked_fill(~mask_T, NAN)
+    rewards_T = penalised_rewards(columns[0].double(), logprobs_T.double(), ref_T.double(), mask_T, coef=0.2, estimator=estimator)
+    exact = reference.gae(rewards_T, columns[1].double(), *columns[2:], **BI_LEVEL)
+    kl = {"logprobs_T": logprobs_T, "ref_logprobs_T": ref_T, "kl_coef": 0.2, "kl_estimator": estimator}
+    ours = gae(*on(device, columns), **BI_LEVEL, **kl | {name: kl[name].to(device) for name in ("logprobs_T", "ref_logprobs_T")})
+    with using("reference"):
+        plain = gae(*columns, **BI_LEVEL, **kl)
+    for mine, theirs, expected in zip(ours, plain, exact, strict=True):
+        finite_T = expected.abs() < 1e6  # behind the capped one: e^20 and its rounding
+        assert ((mine.cpu() - expected).abs()[finite_T] <= 2 * (theirs - expected).abs()[finite_T].max() + 1e-6).all()
+        torch.testing.assert_close(mine.cpu(), theirs, atol=1e-5, rtol=1e-6)
+    assert not torch.equal(ours[0].cpu(), gae(*on(device, columns), **BI_LEVEL)[0].cpu())
+
+
+def test_a_hand_computed_kl_in_the_reward(device):
+    """k2 of a log-ratio of 2 is 2, of 0 is 0: rewards 1 - 0.1 * 2 = 0.8 and 1."""
+    ids_T, everything_T = torch.zeros(2, dtype=torch.long, device=device), torch.ones(2, dtype=torch.bool, device=device)
+    columns = (torch.ones(2, device=device), torch.zeros(2, device=device), ids_T, ids_T, everything_T)
+    numbers = dict.fromkeys(BI_LEVEL, 0.0)
+    policy_T, ref_T = torch.tensor([[-1.0, -1.0], [-3.0, -1.0]], device=device)
+    advantages_T, _ = gae(*columns, **numbers, logprobs_T=policy_T, ref_logprobs_T=ref_T, kl_coef=0.1, kl_estimator="k2")
+    assert advantages_T.tolist() == pytest.approx([0.8, 1.0])
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo"])
+@pytest.mark.parametrize("count", [0, 1, 7, 700])
+def test_group_advantages_are_those_of_algorithm(device, estimator, count):
+    generator = torch.Generator().manual_seed(count)
+    rewards_N = torch.randint(0, 3, (count,), generator=generator) * 0.1 + 1000.0
+    ids_N = torch.randint(-3, 1 + count // 5, (count,), generator=generator) * 10**12  # any numbers, in any order, groups of one
+    ours_N = group_advantage(rewards_N.to(device), ids_N.to(device), estimator=estimator).cpu()
+    assert ours_N.dtype == torch.float32
+    # the same float64 sums in another order, rounded once; equal rewards give exactly 0
+    theirs_N = group_advantages_of_algorithm(rewards_N, ids_N, estimator=estimator)
+    torch.testing.assert_close(ours_N, theirs_N, atol=1e-6, rtol=1e-6)
+    assert ((ours_N == 0) == (theirs_N == 0)).all()
+
+
+def test_hand_computed_group_advantages(device):
+    """Group 7: rewards 0, 1: mean 1/2, standard deviation sqrt(1/2); group 5 has one trace; a NaN stays in group 9."""
+    rewards_N, ids_N = torch.tensor([0.0, 3.0, 1.0, NAN, 1.0], device=device), torch.tensor([7, 5, 7, 9, 9], device=device)
+    expected = {"grpo": 0.5 / (0.5**0.5 + 1e-6), "dr_grpo": 0.5, "rloo": 1.0}
+    for estimator, value in expected.items():
+        advantages = group_advantage(rewards_N, ids_N, estimator=estimator).tolist()
+        assert advantages[:3] == pytest.approx([-value, 0.0, value]), estimator
+        assert torch.tensor(advantages[3:]).isnan().all()
+
+
+def test_unknown_group_estimators_are_refused(on_cpu):
+    with pytest.raises(ValueError, match="estimator must be one of"):
+        group_advantage(torch.zeros(2), torch.zeros(2, dtype=torch.long), estimator="gae")
+
+
+@pytest.mark.parametrize("turns", [[], [1], [3, 1, 40], [700] * 5])
+def test_turn_returns_and_reinforce_plus_plus_are_those_of_algorithm(device, turns):
+    generator = torch.Generator().manual_seed(0)
+    rewards_K = torch.randn(sum(turns), generator=generator)
+    trace_ids_K = torch.repeat_interleave(torch.arange(len(turns)) * 3, torch.tensor(turns, dtype=torch.long))
+    tokens_K = torch.randint(0, 50, (sum(turns),), generator=generator)  # a turn of no token has no advantage
+    inputs = [column.to(device) for column in (rewards_K, trace_ids_K, tokens_K)]
+    returns_K = turn_returns(*inputs[:2], turn_discount=0.9).cpu()
+    ours_K = reinforce_plus_plus(*inputs, turn_discount=0.9).cpu()
+    with using("reference"):
+        torch.testing.assert_close(returns_K, turn_returns(rewards_K, trace_ids_K, turn_discount=0.9), atol=1e-6, rtol=1e-6)
+        theirs_K = reinforce_plus_plus(rewards_K, trace_ids_K, tokens_K, turn_discount=0.9)
+    torch.testing.assert_close(ours_K, theirs_K, atol=2e-6, rtol=1e-6)
+
+
+def test_hand_computed_reinforce_plus_plus(device):
+    """Returns 1, 1, 0 of turns with 1, 2, 3 tokens: mean 1/2, variance 1/4, hence 1, 1, -1."""
+    rewards_K = torch.tensor([0.0, 1.0, 0.0], device=device)
+    advantages_K = reinforce_plus_plus(
+        rewards_K, torch.tensor([0, 0, 1], device=device), torch.tensor([1, 2, 3], device=device), turn_discount=1.0
+    )
+    assert advantages_K.tolist() == pytest.approx([1.0, 1.0, -1.0], abs=1e-6)

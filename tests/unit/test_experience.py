@@ -38,7 +38,7 @@ def test_labels_are_the_next_tokens_and_every_field_is_aligned_with_them():
 def test_packed_traces_keep_their_turns_apart_and_padding_trains_nothing():
     batch = pack([TRACE, replace(TRACE, episode_id="b")], 16)
     assert batch.turn_ids[5:10].tolist() == [-1, 2, 2, -1, 3]  # the second trace's turns follow the first's two
-    assert batch.num_turns == 4
+    assert batch.cu_turns.tolist() == [0, 4, 6, 9, 16] and batch.num_turns == 4
     assert batch.trace_ids.tolist() == [0] * 5 + [1] * 5 + [2] * 5 + [3]  # 6 positions of padding: no sequence longer than 5
     assert batch.positions.tolist() == [0, 1, 2, 3, 4] * 3 + [0]
     assert batch.cu_seqlens.tolist() == [0, 5, 10, 15, 16]
@@ -49,6 +49,13 @@ def test_packed_traces_keep_their_turns_apart_and_padding_trains_nothing():
 def test_a_batch_of_padding_alone_is_whole():
     batch = pack([], 300)
     assert batch.cu_seqlens.tolist() == [0, 128, 256, 300] and not batch.loss_mask.any()
+    assert batch.cu_turns.tolist() == [0, 300]
+
+
+def test_a_turn_without_a_label_is_an_empty_part():
+    """A trace's first token is never predicted: its turn 0 begins where turn 1 does."""
+    mine_first = replace(TRACE, turn_ids=(0, -1, 1, 1, -1, 2), advantages=(0.0, 0.5, -0.5))
+    assert pack([mine_first, TRACE], 10).cu_turns.tolist() == [0, 1, 4, 6, 9, 10]
 
 
 def test_allowed_sets_are_packed_once_each_and_free_positions_allow_everything():

@@ -15,7 +15,7 @@ def packing(lengths: list[int]):
     total = sum(lengths)
     nothing = torch.zeros(total, dtype=torch.long)
     boundaries = torch.tensor([0, *lengths]).cumsum(0).int()
-    return packing_of(Batch(nothing, nothing, nothing, boundaries, max(lengths), nothing.bool(), nothing, nothing, num_turns=0))
+    return packing_of(Batch(nothing, nothing, nothing, boundaries, max(lengths), nothing.bool(), nothing, nothing, boundaries))
 
 
 def test_a_block_ends_where_a_sequence_is_shorter_than_three_quarters_of_its_longest():

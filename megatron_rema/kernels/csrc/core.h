@@ -89,6 +89,27 @@ REMA_HD float exp2_of(float x) {
 #endif
 }
 
+// e^x within 2 units of the last place; inf above about 88.7, 0 below about -104; NaN for NaN. On the CPU Cephes expf, as vector code.
+REMA_HD float exp_of(float x) {
+#if defined(__CUDA_ARCH__)
+  return expf(x);
+#else
+  const float limited = x > 89.0f ? 89.0f : (x < -104.0f ? -104.0f : x);
+  const float shifted = limited * 1.44269504f + 12582912.0f;
+  const float k = shifted - 12582912.0f;
+  const float r = fmaf(k, 2.12194440e-4f, fmaf(k, -0.693359375f, limited));  // ln 2 in two parts: the first has no rounding
+  float y = 1.9875691500e-4f;
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.0f;
+  const int32_t whole = int32_t(bits_of(shifted) - 0x4b400000u), half = whole >> 1;  // 2^whole alone may be no number
+  return y * from_bits(uint32_t(half + 127) << 23) * from_bits(uint32_t(whole - half + 127) << 23);
+#endif
+}
+
 // Differences of exponents, -inf made finite: 2^-10000 is 0 like 2^-inf, but 0 * -10000 is 0 and not NaN. NaN passes.
 REMA_HD float finite(float d) {
 #if defined(__CUDA_ARCH__)
@@ -269,6 +290,139 @@ REMA_HD RowGrad row_grad(int64_t row, bool with_ref, double scale, const float* 
 
 REMA_HD bool is_zero(const RowGrad& g) { return g.logprob == 0.0f && g.entropy == 0.0f && g.kl == 0.0f; }
 
+// --- estimates of KL(policy || reference), algorithm/kl.py: x = log reference - log policy ------------------------------
+
+enum { KL_NONE, KL_K1, KL_K2, KL_K3 };
+constexpr float KL_CAP = 20.0f;
+
+// e^x - 1 - x; the series where e^x - 1 would lose the digits that count
+REMA_HD float k3_of(float x) {
+  float y = 2.50521084e-8f;
+  y = y * x + 2.75573192e-7f;
+  y = y * x + 2.75573192e-6f;
+  y = y * x + 2.48015873e-5f;
+  y = y * x + 1.98412698e-4f;
+  y = y * x + 1.38888889e-3f;
+  y = y * x + 8.33333333e-3f;
+  y = y * x + 4.16666667e-2f;
+  y = y * x + 1.66666667e-1f;
+  y = y * x + 0.5f;
+  const float far = exp_of(x) - 1.0f - x;
+  return fabsf(x) < 1.0f ? y * x * x : far;
+}
+
+REMA_HD float kl_of(int estimator, float x) {
+  const float k3 = k3_of(x > KL_CAP ? KL_CAP : x);
+  return estimator == KL_K1 ? -x : (estimator == KL_K2 ? 0.5f * x * x : k3);
+}
+// d kl / d log policy; of k2 and k3, the ones that are used as a loss
+REMA_HD float kl_slope(int estimator, float x) {
+  const float k3 = x > KL_CAP ? 0.0f : -(k3_of(x) + x);
+  return estimator == KL_K2 ? -x : k3;
+}
+
+// --- the clipped policy loss, algorithm/losses.py -----------------------------------------------------------------------
+
+struct LossRules {
+  float low, high, dual, cap;  // bounds of the ratio; dual inf: none
+  double kl_coef, entropy_coef;
+  int kl, arithmetic;
+};
+
+REMA_HD LossRules loss_rules(int arithmetic, double clip_low, double clip_high, double dual_clip, double log_ratio_cap, int kl_estimator,
+                             double kl_coef, double entropy_coef) {
+  return {float(1.0 - clip_low), float(1.0 + clip_high), float(dual_clip), float(log_ratio_cap), kl_coef, entropy_coef, kl_estimator, arithmetic};
+}
+
+struct TokenLoss { float loss, slope, clipped, dual; };  // slope: d loss / d ratio; the last two are 0 or 1
+
+REMA_HD TokenLoss clipped_loss(const LossRules& k, float ratio, float advantage) {
+  const float inside = ratio < k.low ? k.low : (ratio > k.high ? k.high : ratio);
+  const float plain = -advantage * ratio, clipped = -advantage * inside, bound = -advantage * k.dual;
+  const bool is_clipped = clipped > plain;
+  const float loss = is_clipped ? clipped : plain;
+  const bool is_dual = advantage < 0.0f && loss > bound;
+  return {is_dual ? bound : loss, is_clipped || is_dual ? 0.0f : -advantage, is_clipped ? 1.0f : 0.0f, is_dual ? 1.0f : 0.0f};
+}
+
+REMA_HD float capped_exp(const LossRules& k, float delta) { return exp_of(delta > k.cap ? k.cap : delta); }
+
+// Of the tokens of one unit (what shares a ratio: a turn, a trace): how many, and the sum of their log-ratios or capped ratios.
+struct Unit { double n, sum; };
+REMA_HD Unit no_unit() { return {0.0, 0.0}; }
+REMA_HD Unit merge(Unit a, Unit b) { return {a.n + b.n, a.sum + b.sum}; }
+
+REMA_HD float unit_ratio(const LossRules& k, Unit unit) {
+  const float mean = float(unit.sum / unit.n);
+  return k.arithmetic ? mean : capped_exp(k, mean);
+}
+// d ratio of the unit / d log-probability of a token with log-ratio `delta`
+REMA_HD float ratio_slope(const LossRules& k, Unit unit, float ratio, float delta) {
+  const float mean = float(unit.sum / unit.n), at = k.arithmetic ? delta : mean, value = k.arithmetic ? capped_exp(k, delta) : ratio;
+  return at > k.cap ? 0.0f : value / float(unit.n);
+}
+
+// In the order of abi.h; `pull` is the unit's own: sum of weight * d loss / d ratio.
+struct LossSums { double policy, kl, entropy, tokens, units, clipped, dual, ratio, kl_old, kl_nats, entropy_nats, pull; };
+constexpr int NUM_LOSS_SUMS = 11;
+
+REMA_HD LossSums no_loss_sums() { return {0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0}; }
+REMA_HD LossSums merge(const LossSums& a, const LossSums& b) {
+  return {a.policy + b.policy, a.kl + b.kl, a.entropy + b.entropy, a.tokens + b.tokens, a.units + b.units, a.clipped + b.clipped,
+          a.dual + b.dual, a.ratio + b.ratio, a.kl_old + b.kl_old, a.kl_nats + b.kl_nats, a.entropy_nats + b.entropy_nats, a.pull + b.pull};
+}
+REMA_HD void store_sums(double* out, const LossSums& s) {
+  out[0] = s.policy, out[1] = s.kl, out[2] = s.entropy, out[3] = s.tokens, out[4] = s.units, out[5] = s.clipped;
+  out[6] = s.dual, out[7] = s.ratio, out[8] = s.kl_old, out[9] = s.kl_nats, out[10] = s.entropy_nats;
+}
+REMA_HD LossSums load_sums(const double* in) {
+  return {in[0], in[1], in[2], in[3], in[4], in[5], in[6], in[7], in[8], in[9], in[10], 0.0};
+}
+
+REMA_HD float total_loss(const LossRules& k, const LossSums& s) {
+  double loss = s.policy;
+  if (k.kl_coef != 0.0) loss += k.kl_coef * s.kl;  // a term that was not asked for does not count, not even as NaN
+  if (k.entropy_coef != 0.0) loss -= k.entropy_coef * s.entropy;
+  return float(loss);
+}
+
+// The packed columns of a batch. What there is none of is the log-probabilities again (kl KL_NONE, entropy_coef 0), so that loads need no test.
+struct LossTokens {
+  const float *logprobs, *old_logprobs, *advantages, *weights, *ref_logprobs, *entropy;
+  const uint8_t* mask;
+};
+
+REMA_HD float log_ratio_at(const LossTokens& tokens, int64_t t) { return tokens.logprobs[t] - tokens.old_logprobs[t]; }
+
+// One token's part of the sums, `share` of its unit (1 / tokens). Chosen by the mask, not multiplied: no NaN comes in from outside it.
+REMA_HD LossSums loss_sums_of(const LossRules& k, const LossTokens& tokens, int64_t t, float ratio, float share) {
+  const bool own = tokens.mask[t] != 0;
+  const float moved = log_ratio_at(tokens, t), away = tokens.ref_logprobs[t] - tokens.logprobs[t];
+  const TokenLoss token = clipped_loss(k, own ? ratio : 1.0f, own ? tokens.advantages[t] : 0.0f);
+  const double weight = own ? tokens.weights[t] : 0.0f, part = own ? share : 0.0f;
+  const double kl = own && k.kl != KL_NONE ? kl_of(k.kl, away) : 0.0f, entropy = own ? tokens.entropy[t] : 0.0f;
+  const double kl_old = own ? k3_of(moved > KL_CAP ? KL_CAP : moved) : 0.0f;
+  return {weight * token.loss, weight * kl, weight * entropy, own ? 1.0 : 0.0, part, part * token.clipped, part * token.dual,
+          own ? part * ratio : 0.0, kl_old, kl, entropy, weight * token.slope};
+}
+
+// d (policy term + kl_coef * KL term) / d log-probability of token t; `pull` of its unit times d ratio / d log-probability comes in.
+REMA_HD float loss_grad_of(const LossRules& k, const LossTokens& tokens, int64_t t, double policy_grad) {
+  const double kl = k.kl_coef * tokens.weights[t] * kl_slope(k.kl, tokens.ref_logprobs[t] - tokens.logprobs[t]);
+  const double grad = k.kl_coef == 0.0 ? policy_grad : policy_grad + kl;
+  return tokens.mask[t] ? float(grad) : 0.0f;
+}
+
+// --- advantages within groups, algorithm/advantage.py -------------------------------------------------------------------
+
+enum { GRPO, DR_GRPO, RLOO };
+
+REMA_HD float group_advantage_of(int estimator, double reward, double n, double mean, double squares, double eps) {
+  const double centred = reward - mean, others = n > 1.0 ? n - 1.0 : 1.0;
+  if (estimator == GRPO) return float(centred / (sqrt(squares / others) + eps));
+  return float(estimator == RLOO ? centred * (n / others) : centred);
+}
+
 // --- generalised advantages -------------------------------------------------------------------------------------------
 // A run of neighbouring tokens as a map of what follows it: with X what the next own token adds, the first own token's advantage is
 // c + p X. Runs join associatively. A trace's end closes a run (`open` 0): nothing behind it is multiplied in, so no NaN crosses it.
@@ -280,6 +434,21 @@ struct Run {
   int64_t first_turn, first_trace, last_turn, last_trace;   // of the first and the last own token
   int32_t live, open;                                       // live 0: no own token
 };
+
+// The packed columns; ref_logprobs null: no KL in the reward
+struct Tokens {
+  const float *rewards, *values, *logprobs, *ref_logprobs;
+  const int64_t *turn_ids, *trace_ids;
+  const uint8_t* mask;
+  int64_t count;
+  double kl_coef;
+  int kl;
+};
+
+REMA_HD double reward_at(const Tokens& tokens, int64_t t) {
+  if (tokens.ref_logprobs == nullptr) return tokens.rewards[t];
+  return tokens.rewards[t] - tokens.kl_coef * kl_of(tokens.kl, tokens.ref_logprobs[t] - tokens.logprobs[t]);
+}
 
 REMA_HD Run no_run() { return {0.0, 1.0, 0.0, 0, 0, 0, 0, 0, 1}; }
 REMA_HD Run run_of(double reward, double value, int64_t turn, int64_t trace) {
@@ -317,6 +486,12 @@ REMA_HD Moments merge_all(const double* moments, int64_t shards) {
   Moments t = no_moments();
   for (int64_t i = 0; i < shards; ++i) t = merge(t, {moments[3 * i], moments[3 * i + 1], moments[3 * i + 2]});
   return t;
+}
+
+// How often value t counts; weights null: every one once.
+REMA_HD double weight_at(const uint8_t* mask, const float* weights, int64_t t) {
+  const float weight = weights ? weights[t] : 1.0f;
+  return mask[t] ? weight : 0.0f;
 }
 
 struct Whitening { double mean, scale; };

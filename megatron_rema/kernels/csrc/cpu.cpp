@@ -111,6 +111,56 @@ template <class T> void gradient(const T* logits, const T* ref_logits, T* grad, 
   }
 }
 
+constexpr int64_t LOSS_BLOCK = 1024;  // tokens, where every token has its own ratio
+
+#define LOSS_SUMS policy, kl, entropy, own, parts, clipped, dual, ratios, kl_old, kl_nats, entropy_nats, pull
+#define ADD_LOSS_SUMS(ratio, share)                                                                                          \
+  const LossSums s = loss_sums_of(k, tokens, t, ratio, share);                                                                \
+  policy += s.policy, kl += s.kl, entropy += s.entropy, own += s.tokens, parts += s.units, clipped += s.clipped, dual += s.dual, \
+      ratios += s.ratio, kl_old += s.kl_old, kl_nats += s.kl_nats, entropy_nats += s.entropy_nats, pull += s.pull
+
+// Tokens that have a ratio each.
+REMA_VECTOR LossSums token_losses(const LossRules& rules, const LossTokens& columns, int64_t begin, int64_t end, float* grad) {
+  const LossRules k = rules;  // copies that `grad` cannot point into
+  const LossTokens tokens = columns;
+  double policy = 0.0, kl = 0.0, entropy = 0.0, own = 0.0, parts = 0.0, clipped = 0.0, dual = 0.0, ratios = 0.0, kl_old = 0.0, kl_nats = 0.0,
+         entropy_nats = 0.0, pull = 0.0;
+#pragma omp simd reduction(+ : LOSS_SUMS)
+  for (int64_t t = begin; t < end; ++t) {
+    const float delta = log_ratio_at(tokens, t), ratio = capped_exp(k, delta);
+    ADD_LOSS_SUMS(ratio, 1.0f);
+    grad[t] = loss_grad_of(k, tokens, t, s.pull * (delta > k.cap ? 0.0f : ratio));
+  }
+  return {LOSS_SUMS};
+}
+
+// A unit: tokens that share a ratio.
+REMA_VECTOR LossSums unit_losses(const LossRules& rules, const LossTokens& columns, int64_t begin, int64_t end, float* grad) {
+  const LossRules k = rules;
+  const LossTokens tokens = columns;
+  double n = 0.0, sum = 0.0;
+#pragma omp simd reduction(+ : n, sum)
+  for (int64_t t = begin; t < end; ++t) {
+    const float delta = log_ratio_at(tokens, t), value = k.arithmetic ? capped_exp(k, delta) : delta;
+    n += tokens.mask[t] ? 1.0 : 0.0, sum += tokens.mask[t] ? value : 0.0f;
+  }
+  if (n == 0.0) {
+    std::fill(grad + begin, grad + end, 0.0f);
+    return no_loss_sums();
+  }
+  const Unit unit = {n, sum};
+  const float ratio = unit_ratio(k, unit), share = 1.0f / float(n);
+  double policy = 0.0, kl = 0.0, entropy = 0.0, own = 0.0, parts = 0.0, clipped = 0.0, dual = 0.0, ratios = 0.0, kl_old = 0.0, kl_nats = 0.0,
+         entropy_nats = 0.0, pull = 0.0;
+#pragma omp simd reduction(+ : LOSS_SUMS)
+  for (int64_t t = begin; t < end; ++t) {
+    ADD_LOSS_SUMS(ratio, share);
+  }
+#pragma omp simd
+  for (int64_t t = begin; t < end; ++t) grad[t] = loss_grad_of(k, tokens, t, pull * ratio_slope(k, unit, ratio, log_ratio_at(tokens, t)));
+  return {LOSS_SUMS};
+}
+
 template <class Function> int for_dtype(int dtype, Function&& function) {
   if (dtype == 0) function(float{});
   else if (dtype == 1) function(bf16{});
@@ -158,9 +208,10 @@ int rema_logits_grad(const void* logits, const void* ref_logits, void* grad, int
 int64_t rema_gae_scratch(int64_t) { return 0; }
 
 // Each thread takes a part that ends where a trace ends, so that the sums are those of one thread.
-int rema_gae(const float* rewards, const float* values, const int64_t* turn_ids, const int64_t* trace_ids, const uint8_t* mask,
-             int64_t tokens, double discount, double gae_lambda, double turn_discount, double turn_lambda, float* advantages, float* returns,
-             void*, int threads, void*) {
+int rema_gae(const float* rewards, const float* values, const float* logprobs, const float* ref_logprobs, int kl_estimator, double kl_coef,
+             const int64_t* turn_ids, const int64_t* trace_ids, const uint8_t* mask, int64_t tokens, double discount, double gae_lambda,
+             double turn_discount, double turn_lambda, float* advantages, float* returns, void*, int threads, void*) {
+  const Tokens packed = {rewards, values, logprobs, ref_logprobs, turn_ids, trace_ids, mask, tokens, kl_coef, kl_estimator};
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, tokens / 4096));
   const auto cut = [&](int64_t part) {
     int64_t at = part == parts ? tokens : tokens * part / parts, before = at - 1;
@@ -183,7 +234,7 @@ int rema_gae(const float* rewards, const float* values, const int64_t* turn_ids,
         advantages[t] = returns[t] = 0.0f;
         continue;
       }
-      const double value = values[t], own = rewards[t] - value;
+      const double value = values[t], own = reward_at(packed, t) - value;
       if (any && trace_ids[t] == next_trace) {
         const bool same_turn = turn_ids[t] == next_turn;
         const double g = same_turn ? discount : turn_discount, decay = g * (same_turn ? gae_lambda : turn_lambda);
@@ -200,7 +251,8 @@ int rema_gae(const float* rewards, const float* values, const int64_t* turn_ids,
 
 int64_t rema_moments_scratch(int64_t tokens) { return (tokens + MOMENTS_BLOCK - 1) / MOMENTS_BLOCK * int64_t(sizeof(Moments)); }
 
-int rema_moments(const float* values, const uint8_t* mask, int64_t tokens, double* moments, void* scratch, int threads, void*) {
+int rema_moments(const float* values, const uint8_t* mask, const float* weights, int64_t tokens, double* moments, void* scratch, int threads,
+                 void*) {
   Moments* blocks = static_cast<Moments*>(scratch);
   const int64_t num_blocks = (tokens + MOMENTS_BLOCK - 1) / MOMENTS_BLOCK;
   PARALLEL_FOR
@@ -208,10 +260,10 @@ int rema_moments(const float* values, const uint8_t* mask, int64_t tokens, doubl
     const int64_t begin = block * MOMENTS_BLOCK, end = std::min(begin + MOMENTS_BLOCK, tokens);
     double n = 0.0, sum = 0.0, m2 = 0.0;
 #pragma omp simd reduction(+ : n, sum)
-    for (int64_t t = begin; t < end; ++t) n += mask[t] ? 1.0 : 0.0, sum += mask[t] ? double(values[t]) : 0.0;
+    for (int64_t t = begin; t < end; ++t) n += weight_at(mask, weights, t), sum += mask[t] ? weight_at(mask, weights, t) * values[t] : 0.0;
     const double mean = n > 0.0 ? sum / n : 0.0;
 #pragma omp simd reduction(+ : m2)
-    for (int64_t t = begin; t < end; ++t) m2 += mask[t] ? (values[t] - mean) * (values[t] - mean) : 0.0;
+    for (int64_t t = begin; t < end; ++t) m2 += mask[t] ? weight_at(mask, weights, t) * (values[t] - mean) * (values[t] - mean) : 0.0;
     blocks[block] = {n, mean, m2};
   }
   const Moments all = merge_all(static_cast<const double*>(scratch), num_blocks);
@@ -224,5 +276,51 @@ int rema_whiten(const float* values, const uint8_t* mask, int64_t tokens, const 
   const Whitening w = whitening_of(merge_all(moments, shards), eps);
   PARALLEL_FOR
   for (int64_t t = 0; t < tokens; ++t) out[t] = mask[t] ? whitened(w, values[t]) : 0.0f;
+  return 0;
+}
+
+int64_t rema_groups_scratch(int64_t traces) { return traces * int64_t(sizeof(int64_t)); }
+
+int rema_groups(const float* rewards, const int64_t* group_ids, int64_t traces, int estimator, double eps, float* advantages, void* scratch, int,
+                void*) {
+  int64_t* order = static_cast<int64_t*>(scratch);
+  for (int64_t i = 0; i < traces; ++i) order[i] = i;
+  std::sort(order, order + traces, [&](int64_t a, int64_t b) { return group_ids[a] != group_ids[b] ? group_ids[a] < group_ids[b] : a < b; });
+  for (int64_t begin = 0, end = 0; begin < traces; begin = end) {
+    double sum = 0.0, squares = 0.0;
+    for (; end < traces && group_ids[order[end]] == group_ids[order[begin]]; ++end) sum += rewards[order[end]];
+    const double n = double(end - begin), mean = sum / n;
+    for (int64_t i = begin; i < end; ++i) squares += (rewards[order[i]] - mean) * (rewards[order[i]] - mean);
+    for (int64_t i = begin; i < end; ++i) advantages[order[i]] = group_advantage_of(estimator, rewards[order[i]], n, mean, squares, eps);
+  }
+  return 0;
+}
+
+int64_t rema_policy_loss_scratch(int64_t units, int64_t tokens) {
+  return std::max(units, (tokens + LOSS_BLOCK - 1) / LOSS_BLOCK) * NUM_LOSS_SUMS * int64_t(sizeof(double));
+}
+
+int rema_policy_loss(const float* logprobs, const float* old_logprobs, const float* advantages, const float* weights, const float* ref_logprobs,
+                     const float* entropy, const uint8_t* mask, const int64_t* starts, int64_t units, int64_t tokens, int arithmetic,
+                     double clip_low, double clip_high, double dual_clip, double log_ratio_cap, int kl_estimator, double kl_coef,
+                     double entropy_coef, float* loss, double* sums, float* grad_logprobs, float* grad_entropy, void* scratch, int threads,
+                     void*) {
+  const LossRules k = loss_rules(arithmetic, clip_low, clip_high, dual_clip, log_ratio_cap, kl_estimator, kl_coef, entropy_coef);
+  const LossTokens columns = {logprobs, old_logprobs, advantages, weights, ref_logprobs ? ref_logprobs : logprobs,
+                              entropy ? entropy : logprobs, mask};
+  double* parts = static_cast<double*>(scratch);
+  const int64_t count = starts ? units : (tokens + LOSS_BLOCK - 1) / LOSS_BLOCK;
+  PARALLEL_FOR
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t begin = starts ? starts[i] : i * LOSS_BLOCK, end = starts ? starts[i + 1] : std::min(begin + LOSS_BLOCK, tokens);
+    const LossSums part = starts ? unit_losses(k, columns, begin, end, grad_logprobs) : token_losses(k, columns, begin, end, grad_logprobs);
+    store_sums(parts + i * NUM_LOSS_SUMS, part);
+    if (grad_entropy)
+      for (int64_t t = begin; t < end; ++t) grad_entropy[t] = mask[t] ? float(-k.entropy_coef * weights[t]) : 0.0f;
+  }
+  LossSums all = no_loss_sums();
+  for (int64_t i = 0; i < count; ++i) all = merge(all, load_sums(parts + i * NUM_LOSS_SUMS));
+  store_sums(sums, all);
+  *loss = total_loss(k, all);
   return 0;
 }

@@ -186,16 +186,9 @@ constexpr int64_t TILE = int64_t(THREADS) * PER_THREAD;
 
 int64_t tiles_of(int64_t tokens) { return (tokens + TILE - 1) / TILE; }
 
-struct Tokens {
-  const float *rewards, *values;
-  const int64_t *turn_ids, *trace_ids;
-  const uint8_t* mask;
-  int64_t count;
-};
-
 __device__ __forceinline__ Run run_at(const Tokens& tokens, int64_t t) {
   if (t >= tokens.count || !tokens.mask[t]) return no_run();
-  return run_of(tokens.rewards[t], tokens.values[t], tokens.turn_ids[t], tokens.trace_ids[t]);
+  return run_of(reward_at(tokens, t), tokens.values[t], tokens.turn_ids[t], tokens.trace_ids[t]);
 }
 
 // after[i] = all runs from thread i's to the last thread's, joined
@@ -268,10 +261,11 @@ int64_t moments_blocks(int64_t tokens) {
 }
 
 __global__ void __launch_bounds__(THREADS)
-    moments_kernel(const float* __restrict__ values, const uint8_t* __restrict__ mask, int64_t tokens, Moments* __restrict__ blocks) {
+    moments_kernel(const float* __restrict__ values, const uint8_t* __restrict__ mask, const float* __restrict__ weights, int64_t tokens,
+                   Moments* __restrict__ blocks) {
   Moments own = no_moments();
   for (int64_t t = blockIdx.x * int64_t(THREADS) + threadIdx.x; t < tokens; t += int64_t(gridDim.x) * THREADS)
-    if (mask[t]) own = merge(own, Moments{1.0, values[t], 0.0});
+    if (mask[t]) own = merge(own, Moments{weight_at(mask, weights, t), values[t], 0.0});
   own = merge_in_block(own, no_moments());
   if (threadIdx.x == 0) blocks[blockIdx.x] = own;
 }
@@ -289,6 +283,77 @@ __global__ void __launch_bounds__(THREADS) whiten_kernel(const float* values, co
   if (t >= tokens) return;
   const Whitening w = whitening_of(merge_all(moments, shards), eps);
   out[t] = mask[t] ? whitened(w, values[t]) : 0.0f;
+}
+
+// --- advantages within groups: a block per trace looks through all of them, so that no order is needed and none is waited for -----------
+
+__global__ void __launch_bounds__(THREADS)
+    groups_kernel(const float* __restrict__ rewards, const int64_t* __restrict__ group_ids, int64_t traces, int estimator, double eps,
+                  float* __restrict__ advantages) {
+  __shared__ Unit group;
+  const int64_t trace = blockIdx.x, id = group_ids[trace];
+  Unit own = no_unit();
+  for (int64_t i = threadIdx.x; i < traces; i += THREADS)
+    if (group_ids[i] == id) own = merge(own, Unit{1.0, rewards[i]});
+  own = merge_in_block(own, no_unit());
+  if (threadIdx.x == 0) group = own;
+  __syncthreads();
+  const double mean = group.sum / group.n;
+  own = no_unit();
+  for (int64_t i = threadIdx.x; i < traces; i += THREADS)
+    if (group_ids[i] == id) own.sum += (rewards[i] - mean) * (rewards[i] - mean);
+  own = merge_in_block(own, no_unit());
+  if (threadIdx.x == 0) advantages[trace] = group_advantage_of(estimator, rewards[trace], group.n, mean, own.sum, eps);
+}
+
+// --- policy loss: a block per unit, or per LOSS_BLOCK tokens that have a ratio each; then the sums of all blocks --------------------------
+
+constexpr int64_t LOSS_BLOCK = int64_t(THREADS) * 4;
+
+int64_t loss_blocks(int64_t tokens) { return (tokens + LOSS_BLOCK - 1) / LOSS_BLOCK; }
+
+__global__ void __launch_bounds__(THREADS)
+    policy_loss_kernel(LossRules k, LossTokens tokens, const int64_t* __restrict__ starts, int64_t count, float* __restrict__ grad_logprobs,
+                       float* __restrict__ grad_entropy, double* __restrict__ parts) {
+  __shared__ Unit unit;
+  __shared__ double pull;
+  const int64_t begin = starts ? starts[blockIdx.x] : blockIdx.x * LOSS_BLOCK;
+  const int64_t end = starts ? starts[blockIdx.x + 1] : (begin + LOSS_BLOCK < count ? begin + LOSS_BLOCK : count);
+  float ratio = 1.0f, share = 1.0f;
+  if (starts) {
+    Unit own = no_unit();
+    for (int64_t t = begin + threadIdx.x; t < end; t += THREADS) {
+      const float delta = log_ratio_at(tokens, t);
+      if (tokens.mask[t]) own = merge(own, Unit{1.0, k.arithmetic ? capped_exp(k, delta) : delta});
+    }
+    own = merge_in_block(own, no_unit());
+    if (threadIdx.x == 0) unit = own;
+    __syncthreads();
+    ratio = unit_ratio(k, unit), share = 1.0f / float(unit.n);  // of a unit without a token nothing is used
+  }
+  LossSums sums = no_loss_sums();
+  for (int64_t t = begin + threadIdx.x; t < end; t += THREADS) {
+    const float delta = log_ratio_at(tokens, t);
+    if (!starts) ratio = capped_exp(k, delta);
+    const LossSums own = loss_sums_of(k, tokens, t, ratio, share);
+    sums = merge(sums, own);
+    if (!starts) grad_logprobs[t] = loss_grad_of(k, tokens, t, own.pull * (delta > k.cap ? 0.0f : ratio));
+    if (grad_entropy) grad_entropy[t] = tokens.mask[t] ? float(-k.entropy_coef * tokens.weights[t]) : 0.0f;
+  }
+  sums = merge_in_block(sums, no_loss_sums());
+  if (threadIdx.x == 0) store_sums(parts + blockIdx.x * NUM_LOSS_SUMS, sums), pull = sums.pull;
+  if (!starts) return;
+  __syncthreads();
+  for (int64_t t = begin + threadIdx.x; t < end; t += THREADS)
+    grad_logprobs[t] = loss_grad_of(k, tokens, t, pull * ratio_slope(k, unit, ratio, log_ratio_at(tokens, t)));
+}
+
+__global__ void __launch_bounds__(THREADS)
+    merge_loss_kernel(LossRules k, const double* __restrict__ parts, int64_t count, float* __restrict__ loss, double* __restrict__ sums) {
+  LossSums own = no_loss_sums();
+  for (int64_t i = threadIdx.x; i < count; i += THREADS) own = merge(own, load_sums(parts + i * NUM_LOSS_SUMS));
+  own = merge_in_block(own, no_loss_sums());
+  if (threadIdx.x == 0) store_sums(sums, own), *loss = total_loss(k, own);
 }
 
 int64_t blocks_of(int64_t count) { return (count + THREADS - 1) / THREADS; }
@@ -346,11 +411,11 @@ int rema_logits_grad(const void* logits, const void* ref_logits, void* grad, int
 
 int64_t rema_gae_scratch(int64_t tokens) { return tiles_of(tokens) * int64_t(sizeof(Run)); }
 
-int rema_gae(const float* rewards, const float* values, const int64_t* turn_ids, const int64_t* trace_ids, const uint8_t* mask,
-             int64_t tokens, double discount, double gae_lambda, double turn_discount, double turn_lambda, float* advantages, float* returns,
-             void* scratch, int, void* stream) {
+int rema_gae(const float* rewards, const float* values, const float* logprobs, const float* ref_logprobs, int kl_estimator, double kl_coef,
+             const int64_t* turn_ids, const int64_t* trace_ids, const uint8_t* mask, int64_t tokens, double discount, double gae_lambda,
+             double turn_discount, double turn_lambda, float* advantages, float* returns, void* scratch, int, void* stream) {
   if (tokens == 0) return 0;
-  const Tokens packed = {rewards, values, turn_ids, trace_ids, mask, tokens};
+  const Tokens packed = {rewards, values, logprobs, ref_logprobs, turn_ids, trace_ids, mask, tokens, kl_coef, kl_estimator};
   const Discounts k = {discount, gae_lambda, turn_discount, turn_lambda};
   Run* tiles = static_cast<Run*>(scratch);
   const int64_t count = tiles_of(tokens);
@@ -362,10 +427,11 @@ int rema_gae(const float* rewards, const float* values, const int64_t* turn_ids,
 
 int64_t rema_moments_scratch(int64_t tokens) { return moments_blocks(tokens) * int64_t(sizeof(Moments)); }
 
-int rema_moments(const float* values, const uint8_t* mask, int64_t tokens, double* moments, void* scratch, int, void* stream) {
+int rema_moments(const float* values, const uint8_t* mask, const float* weights, int64_t tokens, double* moments, void* scratch, int,
+                 void* stream) {
   Moments* blocks = static_cast<Moments*>(scratch);
   const int64_t count = moments_blocks(tokens);
-  REMA_LAUNCH(moments_kernel, count, THREADS, stream, values, mask, tokens, blocks);
+  REMA_LAUNCH(moments_kernel, count, THREADS, stream, values, mask, weights, tokens, blocks);
   REMA_LAUNCH(merge_moments_kernel, 1, THREADS, stream, blocks, count, moments);
   return cudaGetLastError();
 }
@@ -374,5 +440,34 @@ int rema_whiten(const float* values, const uint8_t* mask, int64_t tokens, const 
                 void* stream) {
   if (tokens == 0) return 0;
   REMA_LAUNCH(whiten_kernel, blocks_of(tokens), THREADS, stream, values, mask, tokens, moments, shards, eps, out);
+  return cudaGetLastError();
+}
+
+int64_t rema_groups_scratch(int64_t) { return 0; }
+
+int rema_groups(const float* rewards, const int64_t* group_ids, int64_t traces, int estimator, double eps, float* advantages, void*, int,
+                void* stream) {
+  if (traces == 0) return 0;
+  REMA_LAUNCH(groups_kernel, traces, THREADS, stream, rewards, group_ids, traces, estimator, eps, advantages);
+  return cudaGetLastError();
+}
+
+int64_t rema_policy_loss_scratch(int64_t units, int64_t tokens) {
+  const int64_t blocks = loss_blocks(tokens);
+  return (units > blocks ? units : blocks) * NUM_LOSS_SUMS * int64_t(sizeof(double));
+}
+
+int rema_policy_loss(const float* logprobs, const float* old_logprobs, const float* advantages, const float* weights, const float* ref_logprobs,
+                     const float* entropy, const uint8_t* mask, const int64_t* starts, int64_t units, int64_t tokens, int arithmetic,
+                     double clip_low, double clip_high, double dual_clip, double log_ratio_cap, int kl_estimator, double kl_coef,
+                     double entropy_coef, float* loss, double* sums, float* grad_logprobs, float* grad_entropy, void* scratch, int,
+                     void* stream) {
+  const LossRules k = loss_rules(arithmetic, clip_low, clip_high, dual_clip, log_ratio_cap, kl_estimator, kl_coef, entropy_coef);
+  const LossTokens columns = {logprobs, old_logprobs, advantages, weights, ref_logprobs ? ref_logprobs : logprobs,
+                              entropy ? entropy : logprobs, mask};
+  double* parts = static_cast<double*>(scratch);
+  const int64_t count = tokens == 0 ? 0 : (starts ? units : loss_blocks(tokens));
+  if (count > 0) REMA_LAUNCH(policy_loss_kernel, count, THREADS, stream, k, columns, starts, tokens, grad_logprobs, grad_entropy, parts);
+  REMA_LAUNCH(merge_loss_kernel, 1, THREADS, stream, k, parts, count, loss, sums);
   return cudaGetLastError();
 }
