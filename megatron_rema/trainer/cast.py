@@ -24,6 +24,8 @@ from megatron_rema.parallel.groups import Groups, build_groups
 from megatron_rema.rollout.chat import ChatFormat
 from megatron_rema.rollout.counterfactual import Counterfactuals
 from megatron_rema.rollout.dialogue import DialogueRules
+from megatron_rema.trainer import preflight
+from megatron_rema.trainer.progress import Reporter
 from megatron_rema.types import Engine, Role
 
 
@@ -50,15 +52,22 @@ class Policy:
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
-    """The world: torchrun's, or this process alone. Destroyed at the end, after every engine is closed."""
+def process_group(config: RunConfig | None = None) -> Iterator[None]:
+    """The world: torchrun's, or this process alone. Destroyed at the end, after every engine is closed.
+
+    With ``config``, the environment is checked first (trainer/preflight.py). Raises ConfigError where ranks could not train together.
+    """
+    store, rank, world = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
+    checked = config is not None and config.trainer.preflight.enabled
+    say = Reporter(speaks=rank == 0).say
+    if checked:
+        preflight.check(store, rank, world, config, say)
     if platform.has_cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if "RANK" in os.environ:
-        dist.init_process_group(platform.backend())
-    else:
-        dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(platform.backend(), store=store, rank=rank, world_size=world)
     try:
+        if checked:
+            preflight.check_collective(store, config, say)
         yield
     finally:
         dist.destroy_process_group()

@@ -76,10 +76,10 @@ def train(config: RunConfig, inputs: Inputs) -> None:
 
     pairs, heldout = views(inputs.pairs), views(inputs.heldout_pairs)
     (arch,) = inputs.architectures.values()
-    with process_group():
+    with process_group(config):
         first = dist.get_rank() == 0
         dist.barrier()  # every rank has looked at run_dir before rank 0 makes it
-        reporter, folder = Reporter(speaks=first), RunFolder(config.run_dir, writes=first)
+        reporter, folder = Reporter(speaks=first), RunFolder(config.run_dir, writes=first, private=config.private_run_dir)
         layout, tokens = config.parallel.layout("reward_model"), config.trainer.microbatch_tokens
         arch = replace(arch, num_scalars=settings.heads, tied=False)
         model = build_model(
