@@ -20,6 +20,7 @@ from megatron_rema.kernels import library as kernels
 from megatron_rema.models.optimizer import Optimizer, build_optimizer
 from megatron_rema.models.policy import ParallelModel, build_policy
 from megatron_rema.parallel import platform
+from megatron_rema.parallel.exchange import gather
 from megatron_rema.parallel.groups import Groups, build_groups
 from megatron_rema.rollout.chat import ChatFormat
 from megatron_rema.rollout.counterfactual import Counterfactuals
@@ -83,8 +84,7 @@ def choose_kernels(config: RunConfig) -> str:
     """Choose this process's kernels; returns what to log. Raises ConfigError where ranks would choose differently: what they gather from
     each other is not the same numbers. A collective of the world."""
     chosen = kernels.select(config.kernels, platform.device())
-    everywhere: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(everywhere, chosen)
+    everywhere = gather(chosen)
     for rank, other in enumerate(everywhere):
         if other != everywhere[0]:
             raise ConfigError(

@@ -18,6 +18,7 @@ from megatron_rema.algorithm.preference import PreferenceStats, bootstrap_weight
 from megatron_rema.bridge.weights import save_hf
 from megatron_rema.config import RewardModelConfig, RunConfig
 from megatron_rema.models.policy import ParallelModel
+from megatron_rema.parallel.exchange import broadcast
 from megatron_rema.parallel.microbatch import padded_tokens, plan_microbatches
 from megatron_rema.parallel.pipeline import reduce_stats
 from megatron_rema.rollout.dataset import WrittenPair
@@ -109,9 +110,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
 
 
 def _exists_anywhere(path: Path) -> bool:
-    box = [path.exists()]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return broadcast(path.exists(), src=0)
 
 
 def pairwise_accuracy(model: ParallelModel, pairs: Sequence[Pair], *, microbatch_tokens: int) -> float:
