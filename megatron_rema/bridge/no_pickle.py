@@ -20,6 +20,7 @@ _FORCED = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _METADATA, _PLANNER = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"
 _KNOWN = {
     ("torch", "Size"),
+    ("pathlib", "PosixPath"),  # where it was written to
     ("torch.serialization", "_get_layout"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     *((_METADATA, name) for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta")),
