@@ -24,6 +24,38 @@ import torch.distributed as dist
 PAYLOAD_BYTES = 16 * 1024  # above any packet size: a network that drops large packets alone is found too
 
 
+RETRY_S = 0.05
+
+
+def meet(store: dist.Store, rank: int, world: int, *, wait_s: float) -> dist.Store:
+    """A part of ``store`` to which no earlier start of these workers wrote: a launcher that starts workers again hands out the same store,
+    and with it the addresses of the dead.
+
+    Rank 0 names the round; whoever reads an old name is not in that round's list, and reads again. Raises ValueError naming the ranks that
+    did not come within ``wait_s``.
+    """
+    own, table = secrets.token_hex(8), dist.PrefixStore("meet", store)
+    give_up = time.monotonic() + 2 * wait_s
+    if rank == 0:
+        table.set(f"{own}/0", own)
+        table.set("round", own)
+        keys = [f"{own}/{other}" for other in range(world)]
+        absent = set(_absent(table, keys, wait_s))
+        tokens = {other: table.get(key).decode() for other, key in enumerate(keys) if other not in absent}
+        table.set(f"{own}/met", json.dumps(tokens))
+    while True:
+        _expect(not _absent(table, ["round"], max(give_up - time.monotonic(), RETRY_S)), wait_s)
+        name = table.get("round").decode()
+        table.set(f"{name}/{rank}", own)
+        if not _absent(table, [f"{name}/met"], RETRY_S):
+            tokens = json.loads(table.get(f"{name}/met"))
+            if tokens.get(str(rank)) == own:
+                _all_came([other for other in range(world) if str(other) not in tokens], wait_s)
+                return dist.PrefixStore(name, store)
+            time.sleep(RETRY_S)
+        _expect(time.monotonic() < give_up, wait_s)
+
+
 class Mailbox:
     """Each rank's word to all, by way of rank 0: 2 N messages, not N squared."""
 
@@ -32,31 +64,39 @@ class Mailbox:
 
     def exchange(self, name: str, value: dict[str, Any]) -> list[dict[str, Any]]:
         """Every rank's ``value``, in rank order. Raises ValueError naming the ranks that said nothing within ``wait_s``."""
-        self._store.set(f"{name}/{self._rank}", json.dumps(value))
+        store, keys = self._store, [f"{name}/{rank}" for rank in range(self._world)]
+        store.set(f"{name}/{self._rank}", json.dumps(value))
         if self._rank == 0:
-            keys = [f"{name}/{rank}" for rank in range(self._world)]
-            silent = [rank for rank, key in enumerate(keys) if not self._is_there(key)] if not self._are_there(keys) else []
-            values = [] if silent else [json.loads(text) for text in self._store.multi_get(keys)]
-            self._store.set(name, json.dumps({"silent": silent, "values": values}))
-        if not self._are_there([name], patience=2):
-            raise ValueError(f"rank 0 did not answer within {2 * self._wait_s:g} s; look at its output and its host.")
-        told = json.loads(self._store.get(name))
-        if told["silent"]:
-            raise ValueError(
-                f"ranks {', '.join(map(str, told['silent']))} did not report within {self._wait_s:g} s (trainer.preflight.wait_s); they "
-                "hang or died before their first collective: look at their output and their hosts."
+            silent = _absent(store, keys, self._wait_s)
+            store.set(
+                name, json.dumps({"silent": silent, "values": [] if silent else [json.loads(text) for text in store.multi_get(keys)]})
             )
+        _expect(not _absent(store, [name], 2 * self._wait_s), self._wait_s)
+        told = json.loads(store.get(name))
+        _all_came(told["silent"], self._wait_s)
         return told["values"]
 
-    def _are_there(self, keys: list[str], *, patience: float = 1) -> bool:
-        try:
-            self._store.wait(keys, timedelta(seconds=patience * self._wait_s))
-        except RuntimeError:  # DistStoreError among them: time ran out
-            return False
-        return True
 
-    def _is_there(self, key: str) -> bool:
-        return self._store.check([key])
+def _absent(store: dist.Store, keys: list[str], wait_s: float) -> list[int]:
+    """The places of those keys that nobody has written within ``wait_s``."""
+    try:
+        store.wait(keys, timedelta(seconds=wait_s))
+    except RuntimeError:  # DistStoreError among them: time ran out
+        return [place for place, key in enumerate(keys) if not store.check([key])]
+    return []
+
+
+def _expect(has_answered: bool, wait_s: float) -> None:
+    if not has_answered:
+        raise ValueError(f"rank 0 did not answer within {2 * wait_s:g} s; look at its output and its host.")
+
+
+def _all_came(silent: list[int], wait_s: float) -> None:
+    if silent:
+        raise ValueError(
+            f"ranks {', '.join(map(str, silent))} did not report within {wait_s:g} s (trainer.preflight.wait_s); they hang or died before "
+            "their first collective: look at their output and their hosts."
+        )
 
 
 def gloo_address() -> str:

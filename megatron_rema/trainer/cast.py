@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_rema.architecture import Architecture
 from megatron_rema.bridge.weights import iterate_hf_tensors, load_hf, save_hf
-from megatron_rema.config import ConfigError, LayoutConfig, RunConfig
+from megatron_rema.config import ConfigError, LayoutConfig, PreflightConfig, RunConfig
 from megatron_rema.engine.start import build_engine
 from megatron_rema.kernels import library as kernels
 from megatron_rema.models.optimizer import Optimizer, build_optimizer
@@ -22,6 +22,7 @@ from megatron_rema.models.policy import ParallelModel, build_policy
 from megatron_rema.parallel import platform
 from megatron_rema.parallel.exchange import gather
 from megatron_rema.parallel.groups import Groups, build_groups
+from megatron_rema.parallel.reach import meet
 from megatron_rema.rollout.chat import ChatFormat
 from megatron_rema.rollout.counterfactual import Counterfactuals
 from megatron_rema.rollout.dialogue import DialogueRules
@@ -59,7 +60,9 @@ def process_group(config: RunConfig | None = None) -> Iterator[None]:
     With ``config``, the environment is checked first (trainer/preflight.py). Raises ConfigError where ranks could not train together.
     """
     store, rank, world = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
-    checked = config is not None and config.trainer.preflight.enabled
+    limits = PreflightConfig() if config is None else config.trainer.preflight
+    store = meet(store, rank, world, wait_s=limits.wait_s)
+    checked = config is not None and limits.enabled
     say = Reporter(speaks=rank == 0).say
     if checked:
         preflight.check(store, rank, world, config, say)

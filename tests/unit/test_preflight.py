@@ -7,7 +7,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -277,8 +276,40 @@ def test_a_rank_that_never_enters_the_all_reduce_is_named(run_ranks):
     assert "did not end within 0.3 s" in message and "never began it: [1]; that wait in it: [0]" in message
 
 
-def test_a_store_that_times_out_is_an_answer_and_not_an_error():
+# --- workers that are started again find the store as the dead left it ------------------------------------------------
+
+
+def meet_in_threads(store: dist.Store, world: int, ranks: list[int], *, wait_s: float = 20.0, late: int | None = None) -> list:
+    """The part of the store that each of ``ranks`` was given, or its error. ``late`` comes half a second after the others."""
+
+    def one(rank: int):
+        time.sleep(0.5 if rank == late else 0)
+        try:
+            return reach.meet(store, rank, world, wait_s=wait_s)
+        except ValueError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(ranks)) as threads:
+        return list(threads.map(one, ranks))
+
+
+@pytest.mark.parametrize("late", [0, 2])  # rank 0 names the round: before it comes, the others find the name of the last one
+def test_every_start_meets_in_a_part_of_the_store_of_its_own(late):
     store = dist.HashStore()
-    assert not reach.Mailbox(store, 0, 1, wait_s=0.05)._are_there(["nothing"])
-    store.set("something", "")
-    store.wait(["something"], timedelta(seconds=1))
+    before = meet_in_threads(store, 3, [0, 1, 2])
+    before[1].set("address", "of the dead")
+    after = meet_in_threads(store, 3, [0, 1, 2], late=late)
+    assert not any(part.check(["address"]) for part in after)
+    after[2].set("word", "new")
+    assert [part.get("word") for part in after] == [b"new"] * 3 and not before[0].check(["word"])
+    fewer = meet_in_threads(store, 2, [0, 1])  # a node has left
+    assert not fewer[1].check(["word"])
+
+
+def test_who_does_not_come_is_named_and_a_start_before_does_not_count():
+    store = dist.HashStore()
+    meet_in_threads(store, 3, [0, 1, 2])
+    first, second = meet_in_threads(store, 3, [0, 1], wait_s=0.5)
+    assert first == second and first.startswith("ranks 2 did not report within 0.5 s")
+    (alone,) = meet_in_threads(store, 3, [1], wait_s=0.2)
+    assert alone.startswith("rank 0 did not answer within 0.4 s")
