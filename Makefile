@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 GOLDEN := build/golden
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install kernels demo check test golden gpu bench results clean
+.PHONY: help install kernels demo check audit test golden gpu bench results clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,12 @@ check: $(STAMP)  ## lint, import contracts, unit tests
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -q
+
+# Asks a vulnerability database over the network about every installed package, so it is no part of `check`, which must work offline and say
+# the same tomorrow (what can be said offline is in tests/unit/test_dependencies.py).
+audit: $(STAMP)  ## known vulnerabilities of what is installed (needs the network)
+	$(PIP) --target build/audit pip-audit
+	PYTHONPATH=build/audit $(BIN)/python -m pip_audit --local --skip-editable
 
 test: check  ## every CPU test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels tests/distributed tests/system -q --durations=15

@@ -137,7 +137,7 @@ def our_batches(sequences: Sequences, groups: Groups) -> list[Batch]:
 def their_path(path: Path) -> Step:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").train()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0)
 
     def step(sequences: Sequences) -> float:

@@ -228,6 +228,18 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class PreflightConfig:
+    """What is looked at before the first collective (trainer/preflight.py)."""
+
+    enabled: bool = True
+    wait_s: Positive = 300.0  # for the slowest rank to report
+    connect_s: Positive = 10.0  # for one rank to answer another
+    min_free_memory_gib: NonNegative = 0.5  # of host memory, per rank
+    min_free_disk_gib: NonNegative = 1.0  # where run_dir is
+    max_clock_skew_s: NonNegative = 5.0  # from rank 0's clock
+
+
+@dataclass(frozen=True, config=_STRICT)
 class TrainerConfig:
     """Length and rhythm of a run."""
 
@@ -244,6 +256,7 @@ class TrainerConfig:
     keep_checkpoints: Count = 2
     asynchronous_checkpoints: bool = False  # write in a thread while training goes on, from a copy of the state in host memory
     save_hf: bool = True  # export each policy as a Hugging Face checkpoint at the end
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -265,7 +278,8 @@ class RunConfig:
     trainer: TrainerConfig
     kernels: Literal["auto", "fused", "reference"] = "auto"  # compiled kernels, or plain torch
     seed: int = 0
-    resume: bool = False  # continue run_dir from its latest checkpoint
+    private_run_dir: bool = True  # a new run folder is for its owner only (mode 0700); false: as the umask says
+    resume: bool = False  # continue run_dir from its latest checkpoint; what the launcher starts again does so by itself
     resume_from: str | None = None  # with resume: this checkpoint instead of the latest
     score_file: str | None = None  # evaluate: score saved responses instead of playing dialogues
 

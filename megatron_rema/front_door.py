@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_rema.config import ConfigError, RunConfig, check, load
+from megatron_rema.trainer.restart import continued
 
 BAD_INPUT_EXIT_CODE = 2
 
@@ -39,7 +40,7 @@ def _say(message: str) -> None:
 
 
 def _checked(cfg: DictConfig) -> RunConfig:
-    config = load(cfg)
+    config = continued(load(cfg))
     check(config, int(os.environ.get("WORLD_SIZE", "1")))
     return config
 

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_rema.architecture import Architecture
+from megatron_rema.bridge import no_pickle
 from megatron_rema.bridge.layout import shard_shape, to_hf
 from megatron_rema.bridge.names import Entry, Kind, canonical_name, name_map
 
@@ -30,6 +31,7 @@ class TrainingCheckpoint:
     """
 
     def __init__(self, path: Path, config_dir: Path, model: str | None = None) -> None:
+        no_pickle.contain()
         architectures = json.loads((path / "state.json").read_text())["architectures"]
         if model is None and len(architectures) == 1:
             (model,) = architectures

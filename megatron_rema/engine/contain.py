@@ -19,7 +19,8 @@ from importlib import metadata
 
 import numpy as np
 import torch
-import torch.distributed as dist
+
+from megatron_rema.parallel.exchange import broadcast
 
 SUPPORTED = "0.32"
 
@@ -192,11 +193,10 @@ def _validate_for_xgrammar(parameters, *_: object) -> None:
 
 def _name_of_this_job(make_group_name):
     """Every name begins with one random token, the same on all ranks (a broadcast over the default group)."""
-    token = [uuid.uuid4().hex[:12]]
-    dist.broadcast_object_list(token, src=0)
+    token = broadcast(uuid.uuid4().hex[:12], src=0)
 
     def name(comm) -> str:
-        return f"{token[0]}-{make_group_name(comm).replace('/', '')}"
+        return f"{token}-{make_group_name(comm).replace('/', '')}"
 
-    name.job = token[0]
+    name.job = token
     return name

@@ -53,7 +53,7 @@ class Grammars:
         from transformers import AutoTokenizer
         from xgrammar import GrammarCompiler, TokenizerInfo
 
-        tokenizer = AutoTokenizer.from_pretrained(self._model_path)
+        tokenizer = AutoTokenizer.from_pretrained(self._model_path, trust_remote_code=False)
         return GrammarCompiler(TokenizerInfo.from_huggingface(tokenizer, vocab_size=self._vocab_size), max_threads=1)
 
 

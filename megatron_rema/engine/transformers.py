@@ -56,7 +56,9 @@ class TransformersEngine:
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._expected = checkpoint_names(model_path)
         with kept_rng():
-            model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_pretrained(
+                model_path, dtype=getattr(torch, dtype), attn_implementation="sdpa", trust_remote_code=False
+            )
         self._model = model.to(self._device).eval().requires_grad_(False)
         self._store = _KeyValueStore(model.config, max_num_seqs, getattr(torch, dtype), self._device)
         self._max_model_len, self._max_num_seqs = max_model_len, max_num_seqs

@@ -81,6 +81,7 @@ class VllmEngine:
                 os.environ.setdefault(name, str(value))
             arguments = EngineArgs(
                 model=str(model_path),
+                trust_remote_code=False,
                 tensor_parallel_size=tensor,
                 distributed_executor_backend="external_launcher",
                 dtype=dtype,

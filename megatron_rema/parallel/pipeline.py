@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_rema.parallel import platform
+from megatron_rema.parallel.exchange import broadcast
 from megatron_rema.parallel.groups import Groups
 from megatron_rema.types import Batch
 
@@ -209,7 +210,4 @@ def reduce_stats(results: list[Stats], groups: Groups, *, maxima: tuple[str, ...
             row = table.sum(0) if op is dist.ReduceOp.SUM else table.amax(0)
             dist.all_reduce(row, op=op, group=groups.dp)
             reduced.update(zip(names, row.tolist(), strict=True))
-    box = [reduced]
-    if groups.pipeline_size > 1:
-        dist.broadcast_object_list(box, src=groups.last_stage_rank, group=groups.pp)
-    return box[0]
+    return broadcast(reduced, src=groups.last_stage_rank, group=groups.pp) if groups.pipeline_size > 1 else reduced

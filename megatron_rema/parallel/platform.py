@@ -2,7 +2,7 @@
 
 megatron-core asks for CUDA in four ways only. Each has one answer here:
 
-1. torch.cuda.<function>()        every megatron.core module sees `torch` through a `_View`, whose `.cuda` answers for the CPU
+1. torch.cuda.<function>()        every megatron.core module sees `torch` through a `View`, whose `.cuda` answers for the CPU
 2. device="cuda" in a factory     the same view wraps torch.zeros, torch.tensor, ...
 3. tensor.cuda(), tensor.type()   a TorchFunctionMode, entered only around the few megatron functions that use them
 4. the CUDA random-number state   two functions of megatron.core.tensor_parallel.random answer with the CPU generator
@@ -60,7 +60,7 @@ def enable() -> None:
 # --- 1 and 2: megatron's view of torch ------------------------------------------------------------------------------
 
 
-class _View(types.ModuleType):
+class View(types.ModuleType):
     """A module that answers with its own attributes first, then with the wrapped module's."""
 
     def __init__(self, wrapped: types.ModuleType, **own: Any):
@@ -103,10 +103,10 @@ def _autocast(device_type: str, *args: Any, **kwargs: Any) -> torch.autocast:
 
 _STREAM = types.SimpleNamespace(wait_stream=_nothing, wait_event=_nothing, synchronize=_nothing)  # the one stream a CPU has
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like", "ones_like")
-_VIEW = _View(
+_VIEW = View(
     torch,
     autocast=_autocast,
-    cuda=_View(
+    cuda=View(
         torch.cuda,
         current_device=lambda: _CPU,
         set_device=_nothing,

@@ -114,6 +114,10 @@ def verify(answer: str, gold: str) -> Verdict:
     from math_verify import parse
     from math_verify import verify as is_equal
 
+    from megatron_rema.reward import arithmetic
+
+    arithmetic.contain()
+
     def read(text: str) -> list:
         return parse(text, parsing_timeout=None)
 

@@ -15,9 +15,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -164,6 +166,7 @@ class _VerifierProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,  # a group of its own: whatever it starts ends with it
         )
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._process.stdout, selectors.EVENT_READ)
@@ -192,8 +195,11 @@ class _VerifierProcess:
         return Verdict.UNKNOWN, "timeout" if line is None else "crash"
 
     def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        """With all that it started. Not where it was waited for before: its number may be another's by now."""
+        if self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
     def _read(self, timeout_s: float) -> bytes | None:
         """One line; empty when the process ended, None when time ran out."""
@@ -214,7 +220,9 @@ def _serve(function: str, timeout_s: float) -> None:
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its own time-outs are off
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        signal.alarm(int(2 * timeout_s) + 1)  # if the parent died in the meantime, nobody else would end a hang
+        limit_s = int(2 * timeout_s) + 1
+        signal.alarm(limit_s)  # if the parent died in the meantime, nobody else would end a hang
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + limit_s + 1, resource.RLIM_INFINITY))  # nor one in threads
         try:
             reply = judge(*json.loads(line))
         except Exception:  # of any kind: no verdict, counted as a crash by the parent

@@ -64,7 +64,7 @@ class ChatFormat:
     def from_pretrained(cls, path: str, *, template_kwargs: Mapping[str, Any] | None = None) -> ChatFormat:
         from transformers import AutoTokenizer  # seconds of import: only who opens a tokenizer pays
 
-        return cls(AutoTokenizer.from_pretrained(path), template_kwargs=template_kwargs)
+        return cls(AutoTokenizer.from_pretrained(path, trust_remote_code=False), template_kwargs=template_kwargs)
 
     def opening(self, system: str, user: str) -> tuple[int, ...]:
         """From the first token to the generation prompt of the first message. An empty ``system`` sends no system message."""

@@ -14,16 +14,20 @@ import torch.distributed as dist
 
 from megatron_rema.architecture import Architecture
 from megatron_rema.bridge.weights import iterate_hf_tensors, load_hf, save_hf
-from megatron_rema.config import ConfigError, LayoutConfig, RunConfig
+from megatron_rema.config import ConfigError, LayoutConfig, PreflightConfig, RunConfig
 from megatron_rema.engine.start import build_engine
 from megatron_rema.kernels import library as kernels
 from megatron_rema.models.optimizer import Optimizer, build_optimizer
 from megatron_rema.models.policy import ParallelModel, build_policy
 from megatron_rema.parallel import platform
+from megatron_rema.parallel.exchange import gather
 from megatron_rema.parallel.groups import Groups, build_groups
+from megatron_rema.parallel.reach import meet
 from megatron_rema.rollout.chat import ChatFormat
 from megatron_rema.rollout.counterfactual import Counterfactuals
 from megatron_rema.rollout.dialogue import DialogueRules
+from megatron_rema.trainer import preflight
+from megatron_rema.trainer.progress import Reporter
 from megatron_rema.types import Engine, Role
 
 
@@ -50,15 +54,24 @@ class Policy:
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
-    """The world: torchrun's, or this process alone. Destroyed at the end, after every engine is closed."""
+def process_group(config: RunConfig | None = None) -> Iterator[None]:
+    """The world: torchrun's, or this process alone. Destroyed at the end, after every engine is closed.
+
+    With ``config``, the environment is checked first (trainer/preflight.py). Raises ConfigError where ranks could not train together.
+    """
+    store, rank, world = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
+    limits = PreflightConfig() if config is None else config.trainer.preflight
+    store = meet(store, rank, world, wait_s=limits.wait_s)
+    checked = config is not None and limits.enabled
+    say = Reporter(speaks=rank == 0).say
+    if checked:
+        preflight.check(store, rank, world, config, say)
     if platform.has_cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if "RANK" in os.environ:
-        dist.init_process_group(platform.backend())
-    else:
-        dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(platform.backend(), store=store, rank=rank, world_size=world)
     try:
+        if checked:
+            preflight.check_collective(store, config, say)
         yield
     finally:
         dist.destroy_process_group()
@@ -74,8 +87,7 @@ def choose_kernels(config: RunConfig) -> str:
     """Choose this process's kernels; returns what to log. Raises ConfigError where ranks would choose differently: what they gather from
     each other is not the same numbers. A collective of the world."""
     chosen = kernels.select(config.kernels, platform.device())
-    everywhere: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(everywhere, chosen)
+    everywhere = gather(chosen)
     for rank, other in enumerate(everywhere):
         if other != everywhere[0]:
             raise ConfigError(

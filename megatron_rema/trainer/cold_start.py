@@ -45,10 +45,10 @@ def train(config: RunConfig, inputs: Inputs) -> None:
             f"trainer.microbatch_tokens ({config.trainer.microbatch_tokens}) must hold the longest dialogue view of "
             f"{config.task.cold_start_file} ({longest} tokens): raise it."
         )
-    with process_group():
+    with process_group(config):
         first = dist.get_rank() == 0
         dist.barrier()  # every rank has looked at run_dir before rank 0 makes it
-        reporter, folder = Reporter(speaks=first), RunFolder(config.run_dir, writes=first)
+        reporter, folder = Reporter(speaks=first), RunFolder(config.run_dir, writes=first, private=config.private_run_dir)
         reporter.say(choose_kernels(config))
         policies = build_policies(config, inputs.architectures, Layouts(), total_steps=max(config.trainer.steps, 1), with_others=False)
 

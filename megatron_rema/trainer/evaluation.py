@@ -214,10 +214,10 @@ def show(console: Console, rows: Sequence[Mapping], title: str) -> None:
 def evaluate_checkpoint(config: RunConfig, inputs: Inputs) -> None:
     """The ``evaluate`` front door: a checkpoint plays every evaluation set; results go to run_dir/evaluations.jsonl and the console."""
     chat, rules, reward = chat_formats(config), dialogue_rules(config), config.reward
-    with process_group():
+    with process_group(config):
         first = dist.get_rank() == 0
         dist.barrier()  # every rank has looked at run_dir before rank 0 makes it
-        folder, reporter = RunFolder(config.run_dir, writes=first), Reporter(speaks=first)
+        folder, reporter = RunFolder(config.run_dir, writes=first, private=config.private_run_dir), Reporter(speaks=first)
         folder.write_config(as_mapping(config))
         with VerifierPool(reward.verifier_processes, reward.verifier_timeout_s) as verifier:
             engines = build_engines(config)

@@ -99,10 +99,10 @@ def train(config: RunConfig, inputs: Inputs) -> None:
     """The ``train`` front door, its inputs read."""
     chat, rules = chat_formats(config), dialogue_rules(config)
     constrain = constraint_of(config, rules, chat, {name: arch.vocab_size for name, arch in inputs.architectures.items()})
-    with process_group():
+    with process_group(config):
         first = dist.get_rank() == 0
         dist.barrier()  # every rank has looked at run_dir before rank 0 makes it
-        reporter, folder = Reporter(speaks=first), RunFolder(config.run_dir, writes=first)
+        reporter, folder = Reporter(speaks=first), RunFolder(config.run_dir, writes=first, private=config.private_run_dir)
         explain(config, reporter)
         reporter.say(choose_kernels(config))
         total_steps = config.trainer.token_budget or config.trainer.steps * config.trainer.minibatches_per_step

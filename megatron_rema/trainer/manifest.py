@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from megatron_rema.parallel.exchange import gather
+
 NAME = "manifest.json"
 
 
@@ -63,10 +65,7 @@ def fault(folder: Path) -> str | None:
     rank, world = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
     largest_first = sorted(seals, key=lambda name: (-seals[name].size, name))
     found = [text for name in largest_first[rank::world] if (text := _fault_of(folder / name, seals[name]))]
-    everywhere = [found]
-    if grouped:
-        everywhere = [None] * world
-        dist.all_gather_object(everywhere, found)
+    everywhere = gather(found) if grouped else [found]
     return min((text for texts in everywhere for text in texts), default=None)
 
 

@@ -18,6 +18,7 @@ from megatron_rema.algorithm.preference import PreferenceStats, bootstrap_weight
 from megatron_rema.bridge.weights import save_hf
 from megatron_rema.config import RewardModelConfig, RunConfig
 from megatron_rema.models.policy import ParallelModel
+from megatron_rema.parallel.exchange import broadcast
 from megatron_rema.parallel.microbatch import padded_tokens, plan_microbatches
 from megatron_rema.parallel.pipeline import reduce_stats
 from megatron_rema.rollout.dataset import WrittenPair
@@ -76,10 +77,10 @@ def train(config: RunConfig, inputs: Inputs) -> None:
 
     pairs, heldout = views(inputs.pairs), views(inputs.heldout_pairs)
     (arch,) = inputs.architectures.values()
-    with process_group():
+    with process_group(config):
         first = dist.get_rank() == 0
         dist.barrier()  # every rank has looked at run_dir before rank 0 makes it
-        reporter, folder = Reporter(speaks=first), RunFolder(config.run_dir, writes=first)
+        reporter, folder = Reporter(speaks=first), RunFolder(config.run_dir, writes=first, private=config.private_run_dir)
         layout, tokens = config.parallel.layout("reward_model"), config.trainer.microbatch_tokens
         arch = replace(arch, num_scalars=settings.heads, tied=False)
         model = build_model(
@@ -109,9 +110,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
 
 
 def _exists_anywhere(path: Path) -> bool:
-    box = [path.exists()]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return broadcast(path.exists(), src=0)
 
 
 def pairwise_accuracy(model: ParallelModel, pairs: Sequence[Pair], *, microbatch_tokens: int) -> float:

@@ -7,17 +7,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
+from megatron_rema.trainer import restart
 
 
 class RunFolder:
     """Append-only JSON lines. After a resume, rows of steps that will run again are cut, so that every step stands once."""
 
-    def __init__(self, path: str | Path, *, writes: bool) -> None:
+    def __init__(self, path: str | Path, *, writes: bool, private: bool = True) -> None:
+        """``private``: a folder that is made here is for its owner only; one that is there keeps its rights."""
         self.path = Path(path)
         self.writes = writes
         if writes:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700 if private else 0o777, exist_ok=True)
 
     @property
     def checkpoints(self) -> Path:
@@ -25,7 +27,7 @@ class RunFolder:
 
     def write_config(self, mapping: dict[str, Any]) -> None:
         if self.writes:
-            (self.path / "config.yaml").write_text(yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True))
+            restart.record(self.path, mapping)
 
     def metrics(self, row: dict[str, Any]) -> None:
         self._append("metrics.jsonl", [row])

@@ -32,10 +32,12 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch import nn
 
+from megatron_rema.bridge import no_pickle
 from megatron_rema.config import RunConfig
 from megatron_rema.models.optimizer import Optimizer
 from megatron_rema.models.policy import ParallelModel
 from megatron_rema.parallel import platform
+from megatron_rema.parallel.exchange import gather
 from megatron_rema.trainer import manifest
 from megatron_rema.trainer.manifest import Seal
 from megatron_rema.trainer.run_folder import RunFolder
@@ -119,8 +121,7 @@ class Checkpoints:
             return None
         pending, self._pending = self._pending, None
         failure = pending.written.exception()
-        outcomes = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, repr(failure) if failure else pending.written.result())
+        outcomes = gather(repr(failure) if failure else pending.written.result())
         failures = [f"rank {rank}: {outcome}" for rank, outcome in enumerate(outcomes) if isinstance(outcome, str)]
         if failures:
             raise RuntimeError(f"checkpoint {pending.target} could not be written: {'; '.join(failures)}. Earlier checkpoints are whole.")
@@ -130,7 +131,7 @@ class Checkpoints:
         if dist.get_rank() == 0:
             partial = _partial(pending.target)
             (partial / "state.json").write_text(pending.state)
-            manifest.write(partial, {name: seal for seals in outcomes for name, seal in seals.items()})
+            manifest.write(partial, {name: Seal(*seal) for seals in outcomes for name, seal in seals.items()})
             _remove(pending.target)  # left by steps that a resumed run does again
             partial.rename(pending.target)
             manifest.sync_folder(self.folder)
@@ -175,6 +176,7 @@ def load(path: Path, trained: Mapping[str, Trained]) -> Position:
     Raises ValueError, before anything is restored, when a file is not what was written (the message names it and offers the previous
     whole checkpoint) or when the checkpoint is of another run's shape.
     """
+    no_pickle.contain()
     fault = manifest.fault(path)
     if fault is not None:
         before = previous(path)

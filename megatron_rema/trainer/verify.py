@@ -51,7 +51,7 @@ def _transformers_outputs(hf_dir: Path, tokens_BT: Tensor, *, is_scalar: bool) -
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind = AutoModelForSequenceClassification if is_scalar else AutoModelForCausalLM
-    model = kind.from_pretrained(hf_dir, dtype=torch.float32).eval()
+    model = kind.from_pretrained(hf_dir, dtype=torch.float32, trust_remote_code=False).eval()
     if is_scalar:
         outputs = [model.score(model.base_model(sequence[None]).last_hidden_state)[0] for sequence in tokens_BT]
     else:

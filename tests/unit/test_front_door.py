@@ -101,6 +101,7 @@ BAD_INPUT = {  # name: (overrides, environment, what the message must hold)
     "warm-up in steps of a schedule over tokens": (
         ["trainer.token_budget=1000", "optimizer.warmup_steps=5"], {}, ["optimizer.warmup_steps is 5", "token_budget 1000"],
     ),
+    "checks that wait for nobody": (["trainer.preflight.wait_s=0"], {}, ["trainer.preflight.wait_s", "0", "greater than 0"]),
     "k1 as a loss": (["algorithm.kl_coef=0.1", "algorithm.kl_estimator=k1"], {}, ["algorithm.kl_estimator", "k1"]),
 }  # fmt: skip
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import stat
+
 from megatron_rema.trainer.run_folder import RunFolder
 
 
@@ -29,3 +32,16 @@ def test_the_configuration_is_written_as_readable_yaml(tmp_path):
     folder = RunFolder(tmp_path / "run", writes=True)
     folder.write_config({"seed": 1, "task": {"finish_marker": "[FINISH]"}})
     assert "seed: 1" in (folder.path / "config.yaml").read_text()
+
+
+def test_a_new_run_folder_is_for_its_owner_only_unless_asked_otherwise(tmp_path):
+    before = os.umask(0o022)
+    try:
+        RunFolder(tmp_path / "runs" / "one", writes=True)
+        RunFolder(tmp_path / "runs" / "two", writes=True, private=False)
+        (tmp_path / "three").mkdir(mode=0o750)
+        RunFolder(tmp_path / "three", writes=True)
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "runs" / "one", tmp_path / "runs" / "two", tmp_path / "three")]
+    assert modes == [0o700, 0o755, 0o750], "made: private, or by the umask; found: as it was"

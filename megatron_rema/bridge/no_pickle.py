@@ -1,0 +1,59 @@
+"""A checkpoint is data: reading one never runs what somebody wrote into it.
+
+torch.distributed.checkpoint keeps the plan of a folder as a pickle (``.metadata``) and reads it, and the few objects that are no tensors,
+without restriction. Both readers are replaced here: the plan by one that knows the plan's own classes and no other name, the objects by
+torch's reader of plain data (``weights_only``). Tensors, and megatron-core's ``common.pt``, are read so already.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from typing import IO, Any
+
+import torch
+from torch.distributed.checkpoint import default_planner, filesystem
+
+from megatron_rema.parallel.platform import View
+
+_FORCED = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+_METADATA, _PLANNER = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"
+_KNOWN = {
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),  # where it was written to
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *((_METADATA, name) for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta")),
+    *((_METADATA, name) for name in ("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")),
+    *((_PLANNER, name) for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
+}
+
+
+def contain() -> None:
+    """Make torch.distributed.checkpoint read data only, in this process and from now on.
+
+    Raises ValueError where the environment asks torch for the opposite.
+    """
+    if os.environ.get(_FORCED, "0").lower() in ("1", "y", "yes", "true"):
+        raise ValueError(f"{_FORCED} is set; a checkpoint could then run whatever somebody wrote into it: unset it.")
+    filesystem.pickle = View(pickle, load=read_plan)
+    default_planner.torch = View(torch, load=_load_data)
+
+
+def read_plan(file: IO[bytes]) -> Any:
+    """What ``pickle.load`` gives for a ``.metadata``. Raises ValueError for a name that no plan holds."""
+    return _Plan(file).load()
+
+
+class _Plan(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _KNOWN or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise ValueError(
+            f"a checkpoint's .metadata names {module}.{name}, which no plan of tensors holds: it is not what a save wrote. Nothing was "
+            "run; take the checkpoint from where you trust it."
+        )
+
+
+def _load_data(file: IO[bytes], **options: Any) -> Any:
+    return torch.load(file, **{**options, "weights_only": True})
