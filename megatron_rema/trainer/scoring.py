@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_rema.models.policy import ParallelModel
 from megatron_rema.parallel.pipeline import broadcast_from_last_stage
-from megatron_rema.parallel.vocab import vocab_parallel_logprobs_and_entropy
+from megatron_rema.parallel.vocab import vocab_parallel_statistics
 from megatron_rema.trainer.experience import pack, plan_for, to_device
 from megatron_rema.types import Batch, Trace
 
@@ -24,7 +24,7 @@ def label_logprobs(model: ParallelModel, traces: Sequence[Trace], *, temperature
     """[L-1] log-probabilities (nats) of each trace's labels under ``model``. A collective of the world."""
 
     def outputs(local_logits_TV: Tensor, batch: Batch) -> Tensor:
-        logprobs_T, _ = vocab_parallel_logprobs_and_entropy(
+        logprobs_T, _, _ = vocab_parallel_statistics(
             local_logits_TV,
             batch.labels,
             model.groups.tp,

@@ -13,7 +13,7 @@ from megatron_rema.config import AlgorithmConfig
 from megatron_rema.models.optimizer import Optimizer
 from megatron_rema.models.policy import ParallelModel
 from megatron_rema.parallel.pipeline import reduce_stats
-from megatron_rema.parallel.vocab import vocab_parallel_logprobs_and_entropy
+from megatron_rema.parallel.vocab import vocab_parallel_statistics
 from megatron_rema.types import Batch
 
 
@@ -33,7 +33,7 @@ def update_policy(
     """
 
     def loss(local_logits_TV: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(
+        logprobs_T, entropy_T, _ = vocab_parallel_statistics(
             local_logits_TV,
             batch.labels,
             model.groups.tp,

@@ -24,7 +24,7 @@ from megatron_rema.models.optimizer import build_optimizer
 from megatron_rema.models.policy import ParallelModel, build_policy, full_name
 from megatron_rema.parallel.groups import build_groups
 from megatron_rema.parallel.pipeline import broadcast_from_last_stage, reduce_stats
-from megatron_rema.parallel.vocab import vocab_parallel_logprobs_and_entropy
+from megatron_rema.parallel.vocab import vocab_parallel_statistics
 from megatron_rema.types import Batch
 
 QWEN2 = Architecture(
@@ -95,9 +95,7 @@ def microbatches(data_rank: int, data_size: int, per_rank: int, total: int) -> l
 
 def negative_logprob(model: ParallelModel):
     def loss_fn(local_logits_TV, batch):
-        logprobs_T, _ = vocab_parallel_logprobs_and_entropy(
-            local_logits_TV, batch.labels, model.groups.tp, vocab_size=model.arch.vocab_size
-        )
+        logprobs_T, _, _ = vocab_parallel_statistics(local_logits_TV, batch.labels, model.groups.tp, vocab_size=model.arch.vocab_size)
         loss = -(batch.loss_weights * logprobs_T).sum()
         return loss, {"loss": loss.detach(), "labels": batch.loss_mask.sum(), "lowest": (-logprobs_T.detach()[batch.loss_mask]).max()}
 
@@ -138,7 +136,7 @@ def forward(model: ParallelModel, per_rank: int, total: int) -> np.ndarray:
 
     def keep(outputs, batch):
         if not arch.num_scalars:
-            logprobs_T, _ = vocab_parallel_logprobs_and_entropy(outputs, batch.labels, groups.tp, vocab_size=arch.vocab_size)
+            logprobs_T, _, _ = vocab_parallel_statistics(outputs, batch.labels, groups.tp, vocab_size=arch.vocab_size)
             outputs = logprobs_T[:, None]
         return outputs.sum(), {"outputs": outputs.detach().clone()}
 
@@ -320,7 +318,7 @@ def logprobs(tensor: int, pipeline: int, parts: list[list[torch.Tensor]], total:
     assert not any(p.requires_grad for p in model.module.parameters())
 
     def keep(local_logits_TV, batch):
-        values_T, _ = vocab_parallel_logprobs_and_entropy(local_logits_TV, batch.labels, groups.tp, vocab_size=QWEN3.vocab_size)
+        values_T, _, _ = vocab_parallel_statistics(local_logits_TV, batch.labels, groups.tp, vocab_size=QWEN3.vocab_size)
         return values_T.sum(), {"logprobs": values_T.detach()}
 
     batches = [pack(part, total) for part in parts]
