@@ -79,7 +79,7 @@ class PolicyLossStats:
     dual_clipped_units: Tensor  # units of negative advantage held by dual_clip: no gradient
     ratio_units: Tensor  # sum of the units' ratios
     kl_old_k3_nats_tokens: Tensor  # how far the policy moved from the one that sampled, k3
-    kl_ref_nats_tokens: Tensor | None = None  # to the reference, by kl_estimator
+    kl_ref_nats_tokens: Tensor | None = None  # to the reference, by kl_estimator or exact
     entropy_nats_tokens: Tensor | None = None
 
     def as_dict(self) -> dict[str, Tensor]:
@@ -128,8 +128,9 @@ def policy_loss(
     dual_clip: float | None = 3.0,
     log_ratio_cap: float = 3.0,
     ref_logprobs_T: Tensor | None = None,
+    kl_T: Tensor | None = None,
     kl_coef: float = 0.0,
-    kl_estimator: KLEstimator = "k3",
+    kl_estimator: KLEstimator | Literal["exact"] = "k3",
     entropy_T: Tensor | None = None,
     entropy_coef: float = 0.0,
 ) -> tuple[Tensor, PolicyLossStats]:
@@ -140,9 +141,10 @@ def policy_loss(
 
     ``advantages_T`` that are equal inside a unit give the per-unit loss of the paper; ones that differ (per-turn credit under
     a trace ratio) keep their own credit. Untrained positions are not read. No trained token: loss 0 with gradient 0.
-    Gradient flows to logprobs_T and entropy_T only.
+    ``kl_T`` is the exact KL of each position's distribution (kl_estimator "exact"); else it is estimated from ``ref_logprobs_T``, which is
+    not read beside it. Gradient flows to logprobs_T, kl_T and entropy_T only.
     """
-    _check_coefficients(clip_low, clip_high, dual_clip, ref_logprobs_T, kl_coef, kl_estimator, entropy_T, entropy_coef)
+    _check_coefficients(clip_low, clip_high, dual_clip, ref_logprobs_T, kl_T, kl_coef, kl_estimator, entropy_T, entropy_coef)
 
     def trained(values_T: Tensor) -> Tensor:
         return values_T.masked_fill(~loss_mask_T, 0.0)  # first of all, so that an untrained NaN meets no gradient either
@@ -167,11 +169,12 @@ def policy_loss(
 
     policy_term = weighted(loss_T)
     loss = policy_term
-    kl_T = None
-    if ref_logprobs_T is not None:
+    if kl_T is not None:
+        kl_T = trained(kl_T)
+    elif ref_logprobs_T is not None:
         kl_T = kl_estimate(logprobs_T, trained(ref_logprobs_T.detach()), estimator=kl_estimator)
-        if kl_coef:
-            loss = loss + kl_coef * weighted(kl_T)
+    if kl_coef:
+        loss = loss + kl_coef * weighted(kl_T)
     if entropy_coef:
         loss = loss - entropy_coef * weighted(trained(entropy_T))
 
@@ -205,8 +208,9 @@ def _check_coefficients(
     clip_high: float,
     dual_clip: float | None,
     ref_logprobs_T: Tensor | None,
+    kl_T: Tensor | None,
     kl_coef: float,
-    kl_estimator: KLEstimator,
+    kl_estimator: str,
     entropy_T: Tensor | None,
     entropy_coef: float,
 ) -> None:
@@ -214,8 +218,10 @@ def _check_coefficients(
         raise ValueError(f"clip_low must be in [0, 1] and clip_high >= 0, got {clip_low} and {clip_high}.")
     if dual_clip is not None and dual_clip <= 1.0 + clip_high:
         raise ValueError(f"dual_clip must exceed 1 + clip_high = {1.0 + clip_high}, got {dual_clip}; use None to switch it off.")
-    if kl_coef and ref_logprobs_T is None:
-        raise ValueError(f"kl_coef is {kl_coef} but there are no reference logprobs: build the reference policy or set kl_coef to 0.")
+    if kl_coef and ref_logprobs_T is None and kl_T is None:
+        raise ValueError(
+            f"kl_coef is {kl_coef} but there are neither reference logprobs nor an exact KL: build the reference or set kl_coef to 0."
+        )
     if kl_coef and kl_estimator == "k1":
         raise ValueError("kl_estimator k1 has an expected gradient of 0 and cannot hold the policy back: use k2 or k3, or kl_coef 0.")
     if entropy_coef and entropy_T is None:

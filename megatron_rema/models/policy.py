@@ -17,11 +17,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_rema.architecture import Architecture
+from megatron_rema.kernels.logits import Statistics
 from megatron_rema.models.heads import ScalarHead
 from megatron_rema.models.offload import HostOffload
 from megatron_rema.models.spec import block_spec, transformer_config
 from megatron_rema.parallel import pipeline, platform
 from megatron_rema.parallel.groups import Groups
+from megatron_rema.parallel.vocab import vocab_parallel_statistics
 from megatron_rema.types import Batch
 
 
@@ -49,6 +51,30 @@ class ParallelModel:
     def resident(self) -> AbstractContextManager[None]:
         """The weights are on the device inside: whoever reads or runs them asks for it."""
         return nullcontext() if self.offload is None else self.offload.resident()
+
+    def statistics(
+        self,
+        outputs: Tensor,
+        batch: Batch,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        reference: ParallelModel | None = None,
+    ) -> Statistics:
+        """[T] log-probabilities of the labels, entropies, and exact KL to ``reference``, from what the last stage gave a loss.
+
+        The ``outputs`` serve nobody afterwards. The reference is run here, on this microbatch alone: a model of one stage whose vocabulary
+        is cut as this one's, resident until backward is through.
+        """
+        options = {"temperature": temperature, "with_entropy": with_entropy, "vocab_size": self.arch.vocab_size}
+        options |= {"allowed_sets_SW": batch.allowed_sets, "allowed_ids_T": batch.allowed_ids}
+        ref_outputs = None
+        if reference is not None:
+            with torch.no_grad():
+                ref_outputs = pipeline.run(reference.module, batch)[0]
+        return vocab_parallel_statistics(
+            outputs, batch.labels, self.groups.tp, local_ref_logits_TV=ref_outputs, overwrite_logits=True, **options
+        )
 
     def forward_backward(self, batches: list[Batch], loss_fn: pipeline.LossFn, *, forward_only: bool = False) -> list[pipeline.Stats]:
         """`pipeline.forward_backward` with this model's chunks, config and groups."""

@@ -27,7 +27,7 @@ from megatron_rema.parallel.groups import Groups
 from megatron_rema.types import Batch
 
 Stats = dict[str, Tensor]
-LossFn = Callable[[Tensor, Batch], tuple[Tensor, Stats]]  # (local_logits_TV [T, V/tp], batch) -> (loss scalar, detached stats)
+LossFn = Callable[[Tensor, Batch], tuple[Tensor, Stats]]  # (last stage's outputs [T, ...], batch) -> (loss scalar, detached stats)
 SHORTEST_IN_BLOCK = 0.75  # of the longest sequence that it is padded to
 
 
@@ -134,9 +134,7 @@ def forward_backward(
     def forward_step(microbatches, chunk: nn.Module):
         batch, batch_loss = next(microbatches)
         batch = _on_device(batch)
-        # [1, T, V/tp] on the last stage, activations on every other
-        logits = chunk(batch.tokens[None], batch.positions[None], None, packed_seq_params=packing_of(batch))
-        return logits, functools.partial(_loss_and_stats, batch_loss, batch)
+        return run(chunk, batch), functools.partial(_loss_and_stats, batch_loss, batch)
 
     config.finalize_model_grads_func = _sum_gradients
     schedule = get_forward_backward_func(pp_size=groups.pipeline_size, vp_size=len(chunks) if interleaved else None)
@@ -154,6 +152,11 @@ def forward_backward(
             pg_collection=groups.collection,
         )
     return results[: len(batches)]
+
+
+def run(chunk: nn.Module, batch: Batch) -> Tensor:
+    """[1, T, V/tp] on the last stage (what its output layer gives), activations on every other."""
+    return chunk(batch.tokens[None], batch.positions[None], None, packed_seq_params=packing_of(batch))
 
 
 def _on_device(batch: Batch) -> Batch:

@@ -52,20 +52,20 @@ def traces(count: int = 12) -> list[Trace]:
 
 
 def two_updates(tensor: int, pipeline: int, microbatch_tokens: int, algorithm: dict) -> list[dict[str, float]]:
-    """The reference lies at another layout than the policy wherever the world has more than one rank."""
+    """The reference lies at another layout than the policy wherever there is more than one rank (exact KL: than one stage)."""
+    settings, step = AlgorithmConfig(**algorithm), traces()
     groups = build_groups(tensor=tensor, pipeline=pipeline)
-    other = build_groups(tensor=pipeline, pipeline=tensor)
+    other = build_groups(tensor=pipeline, pipeline=tensor) if settings.needs_ref_logprobs else build_groups(tensor=tensor, pipeline=1)
     model = build_policy(QWEN2_TIED, groups=groups, seed=1)
     reference = build_policy(QWEN2_TIED, groups=other, seed=2, trainable=False)
     optimizer = build_optimizer(model, lr=1e-2, total_steps=2, eps=1e-3)
-    settings, step = AlgorithmConfig(**algorithm), traces()
-    columns = {
-        "old_logprobs": label_logprobs(model, step, temperature=0.7, microbatch_tokens=microbatch_tokens),
-        "ref_logprobs": label_logprobs(reference, step, temperature=0.7, microbatch_tokens=microbatch_tokens),
-    }
+    columns = {"old_logprobs": label_logprobs(model, step, temperature=0.7, microbatch_tokens=microbatch_tokens)}
+    if settings.needs_ref_logprobs:
+        columns["ref_logprobs"] = label_logprobs(reference, step, temperature=0.7, microbatch_tokens=microbatch_tokens)
+    exact = reference if settings.kl_estimator == "exact" else None
     shape = {"aggregation": settings.aggregation, "max_turns": 4, "microbatch_tokens": microbatch_tokens}
     batches = pack_for_rank(step, groups=groups, columns=columns, **shape)
-    return [update_policy(model, optimizer, batches, algorithm=settings, temperature=0.7) for _ in range(2)]
+    return [update_policy(model, optimizer, batches, algorithm=settings, temperature=0.7, reference=exact) for _ in range(2)]
 
 
 VARIANTS = [
@@ -79,6 +79,7 @@ VARIANTS = [
         "clip_high": 0.01,
     },
     {"ratio_level": "turn", "ratio_mean": "arithmetic", "aggregation": "episode", "kl_coef": 0.1, "kl_estimator": "k2"},
+    {"ratio_level": "turn", "aggregation": "constant", "kl_coef": 0.1, "kl_estimator": "exact", "entropy_coef": 0.01},
     {"ratio_level": "trace", "aggregation": "constant"},
     {"ratio_level": "token", "aggregation": "token"},
 ]
