@@ -240,6 +240,7 @@ class TrainerConfig:
     token_budget: NonNegativeInt = 0  # > 0: train also ends after the step that has brought the sampled tokens to this number
     minibatches_per_step: Count = 1  # optimizer steps per rollout
     microbatch_tokens: Count = 4096  # packed tokens per forward; at least the longest trace
+    logits_chunk_tokens: NonNegativeInt = 0  # > 0: logits exist for so many of them at a time, and are computed again in backward; 0: whole
     global_batch_dialogues: Count = 64  # sft: dialogues per optimizer step
     evaluate_every: NonNegativeInt = 0  # 0: only before the first and after the last step
     evaluation_problems: NonNegativeInt = 200  # per set, the first ones of the file; 0: all

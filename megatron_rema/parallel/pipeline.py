@@ -155,7 +155,7 @@ def forward_backward(
 
 
 def run(chunk: nn.Module, batch: Batch) -> Tensor:
-    """[1, T, V/tp] on the last stage (what its output layer gives), activations on every other."""
+    """[1, T, V/tp] on the last stage (or what stands there instead of logits: models/heads.py), activations on every other."""
     return chunk(batch.tokens[None], batch.positions[None], None, packed_seq_params=packing_of(batch))
 
 
@@ -168,7 +168,7 @@ def _on_device(batch: Batch) -> Batch:
 
 def _loss_and_stats(loss_fn: LossFn, batch: Batch, logits: Tensor) -> tuple[Tensor, Tensor, Stats]:
     """megatron's three values: with ``calculate_per_token_loss`` the loss goes to backward as it is; the count is only carried along."""
-    loss, stats = loss_fn(logits[0], batch)
+    loss, stats = loss_fn(logits.squeeze(0), batch)  # not logits[0], whose gradient would be a second tensor of their size
     return loss, torch.zeros([], dtype=torch.int, device=logits.device), stats
 
 

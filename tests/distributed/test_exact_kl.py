@@ -1,4 +1,5 @@
-"""The exact KL term of an update: the value and gradient of a plain log_softmax, at any tensor size, under a grammar too; and it holds.
+"""The exact KL term of an update: the value and gradient of a plain log_softmax, at any tensor size, under a grammar and with logits in
+chunks too; and it holds.
 
 Shapes: T label positions, V vocabulary.
 """
@@ -35,10 +36,10 @@ def constrained(trace: Trace) -> Trace:
     return replace(trace, allowed=tuple(allowed))
 
 
-def prepare(tensor: int, is_constrained: bool, advantages: float = 0.0):
+def prepare(tensor: int, is_constrained: bool, advantages: float = 0.0, **options):
     groups = build_groups(tensor=tensor, pipeline=1)
-    model = build_policy(QWEN2_TIED, groups=groups, seed=1)
-    reference = build_policy(QWEN2_TIED, groups=groups, seed=2, trainable=False, offload=True)
+    model = build_policy(QWEN2_TIED, groups=groups, seed=1, **options)
+    reference = build_policy(QWEN2_TIED, groups=groups, seed=2, trainable=False, offload=True, **options)
     step = [replace(trace, advantages=tuple(advantages * a for a in trace.advantages)) for trace in traces()]
     step = [constrained(trace) for trace in step] if is_constrained else step
     batches = pack_for_rank(step, groups=groups, aggregation="token", max_turns=4, microbatch_tokens=TOKENS)
@@ -46,9 +47,9 @@ def prepare(tensor: int, is_constrained: bool, advantages: float = 0.0):
     return model, reference, batches
 
 
-def by_the_trainer(tensor: int, is_constrained: bool):
+def by_the_trainer(tensor: int, is_constrained: bool, chunk_tokens: int):
     """Metrics and every gradient of an update whose advantages are 0: what is left is the KL term."""
-    model, reference, batches = prepare(tensor, is_constrained)
+    model, reference, batches = prepare(tensor, is_constrained, logits_chunk_tokens=chunk_tokens)
     optimizer = build_optimizer(model, lr=0.0, total_steps=1, grad_clip=0.0)
     metrics = update_policy(model, optimizer, batches, algorithm=EXACT, temperature=TEMPERATURE, reference=reference)
     assert reference.offload.is_resting
@@ -84,8 +85,8 @@ def by_plain_torch(is_constrained: bool):
 def test_value_and_gradients_are_those_of_plain_log_softmax_at_any_tensor_size(run_ranks, is_constrained):
     ((kl, gradients),) = run_ranks(1, by_plain_torch, is_constrained)
     assert kl > 1e-3, "far enough from the reference to be seen"
-    for tensor in (1, 2):
-        for metrics, ours in run_ranks(tensor, by_the_trainer, tensor, is_constrained):
+    for tensor, chunk_tokens in ((1, 0), (2, 0), (1, 30), (2, 30)):
+        for metrics, ours in run_ranks(tensor, by_the_trainer, tensor, is_constrained, chunk_tokens):
             assert metrics["train/kl_ref_nats"] == pytest.approx(kl, rel=1e-4)  # sums of 70 terms, float32
             assert metrics["train/loss"] == pytest.approx(EXACT.kl_coef * kl, rel=1e-4), "a mean over tokens, advantages 0"
             assert ours.keys() == gradients.keys()
