@@ -80,7 +80,8 @@ class _Linear(torch.autograd.Function):
         hidden_TH, weight_VH = ctx.saved_tensors
         tp_group, chunks, statistics = ctx.call
         grad_hidden_TH, grad_weight_VH = torch.empty_like(hidden_TH), torch.zeros_like(weight_VH)
-        for rows in chunks:
+
+        def add(rows: slice) -> None:  # a function, so that a chunk's logits are gone before the next one's are made
             logits_CV = (hidden_TH[rows] @ weight_VH.T).requires_grad_()
             with torch.enable_grad():
                 values = statistics(logits_CV, rows)
@@ -89,6 +90,9 @@ class _Linear(torch.autograd.Function):
             (grad_CV,) = torch.autograd.grad(values_C, logits_CV, grads_C)
             torch.mm(grad_CV, weight_VH, out=grad_hidden_TH[rows])
             grad_weight_VH.addmm_(grad_CV.T, hidden_TH[rows])
+
+        for rows in chunks:
+            add(rows)
         if tp_group is not None and dist.get_world_size(tp_group) > 1:
             dist.all_reduce(grad_hidden_TH, group=tp_group)
         return grad_hidden_TH, grad_weight_VH, None, None, None
