@@ -59,7 +59,7 @@ gpu: $(STAMP)  ## GPU suite
 	$(BIN)/python -m pytest tests -q -m gpu
 
 bench: $(STAMP)  ## benchmark tables
-	for name in training_step kernels conversion_memory; do $(BIN)/python benchmarks/$$name.py; done
+	for name in training_step kernels logits_memory conversion_memory; do $(BIN)/python benchmarks/$$name.py; done
 
 results: $(STAMP)  ## train what docs/results.md compares and has not been run yet: hours
 	test -d data/arith || $(BIN)/python tools/make_arith.py data/arith

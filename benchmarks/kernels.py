@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_rema.kernels.advantage import gae, masked_whiten
 from megatron_rema.kernels.library import select, using
-from megatron_rema.parallel.vocab import vocab_parallel_kl, vocab_parallel_logprobs_and_entropy
+from megatron_rema.parallel.vocab import vocab_parallel_statistics
 
 MIB = 1 << 20
 
@@ -31,9 +31,9 @@ def naive_statistics(logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tenso
     return logp_TV.gather(1, labels_T[:, None])[:, 0], -(logp_TV.exp() * logp_TV).sum(-1)
 
 
-def naive_kl(logits_TV: Tensor, ref_TV: Tensor) -> Tensor:
+def naive_kl(logits_TV: Tensor, ref_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
     logp_TV = torch.log_softmax(logits_TV.float(), -1)
-    return (logp_TV.exp() * (logp_TV - torch.log_softmax(ref_TV.float(), -1))).sum(-1)
+    return logp_TV.gather(1, labels_T[:, None])[:, 0], (logp_TV.exp() * (logp_TV - torch.log_softmax(ref_TV.float(), -1))).sum(-1)
 
 
 def peak_mib(run: Callable[[], object], device: torch.device) -> float:
@@ -88,16 +88,16 @@ def logits_tables(tokens: int, width: int, dtype: torch.dtype, rounds: int, devi
 
     def ours(mode: str, leaf_TV: Tensor, **options: bool) -> tuple[Tensor, Tensor]:
         with using(mode):
-            return vocab_parallel_logprobs_and_entropy(leaf_TV, labels_T, None, with_entropy=True, vocab_size=width, **options)
+            return vocab_parallel_statistics(leaf_TV, labels_T, None, with_entropy=True, vocab_size=width, **options)[:2]
 
     def backward(statistics_of: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
         leaf_TV = logits_TV.detach().requires_grad_()
         logprobs_T, entropy_T = statistics_of(leaf_TV)
         (logprobs_T - 0.1 * entropy_T).sum().backward()
 
-    def kl(mode: str) -> Tensor:
+    def kl(mode: str) -> tuple[Tensor, Tensor]:
         with using(mode):
-            return vocab_parallel_kl(logits_TV, ref_TV, None, vocab_size=width)
+            return vocab_parallel_statistics(logits_TV, labels_T, None, local_ref_logits_TV=ref_TV, vocab_size=width)[::2]
 
     shape = f"{tokens} x {width}, {str(dtype).removeprefix('torch.')}"
     compare(
@@ -121,8 +121,12 @@ def logits_tables(tokens: int, width: int, dtype: torch.dtype, rounds: int, devi
         device,
     )
     compare(
-        f"Exact KL, {shape}",
-        {"fused": lambda: kl("fused"), "parallel/vocab.py": lambda: kl("reference"), "naive torch": lambda: naive_kl(logits_TV, ref_TV)},
+        f"Log-probability and exact KL, {shape}",
+        {
+            "fused": lambda: kl("fused"),
+            "parallel/vocab.py": lambda: kl("reference"),
+            "naive torch": lambda: naive_kl(logits_TV, ref_TV, labels_T),
+        },
         rounds,
         device,
     )

@@ -30,7 +30,7 @@ from megatron_rema.models.optimizer import build_optimizer
 from megatron_rema.models.policy import build_policy
 from megatron_rema.parallel.groups import Groups, build_groups
 from megatron_rema.parallel.pipeline import reduce_stats
-from megatron_rema.parallel.vocab import vocab_parallel_logprobs_and_entropy
+from megatron_rema.parallel.vocab import vocab_parallel_statistics
 from megatron_rema.trainer.cast import process_group
 from megatron_rema.trainer.experience import pack_for_rank
 from megatron_rema.types import Batch, Role, Trace
@@ -111,7 +111,7 @@ def our_path(path: Path, arch: Architecture) -> Step:
     optimizer = build_optimizer(model, lr=LR, total_steps=1, betas=BETAS, eps=EPS, grad_clip=CLIP)
 
     def loss(local_logits_TV: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        logprobs_T, _ = vocab_parallel_logprobs_and_entropy(local_logits_TV, batch.labels, groups.tp, vocab_size=arch.vocab_size)
+        logprobs_T, _, _ = vocab_parallel_statistics(local_logits_TV, batch.labels, groups.tp, vocab_size=arch.vocab_size)
         total = -torch.where(batch.loss_mask, batch.loss_weights * logprobs_T, 0.0).sum()
         return total, {"loss": total.detach()}
 

@@ -192,7 +192,8 @@ class AlgorithmConfig:
     dual_clip: Annotated[float, Field(ge=1)] = 3.0
     log_ratio_cap: NonNegative = 3.0
     kl_coef: NonNegative = 0.0  # > 0 keeps a frozen reference copy of each policy
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    # k2, k3 (k1: metric only) of sampled tokens; exact: of whole distributions, the reference runs beside the policy in every update
+    kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k3"
     reward_kl_coef: NonNegative = 0.0  # gae: takes this times the KL to the reference off the reward of every token
     reward_kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # of that KL
     entropy_coef: float = 0.0
@@ -200,6 +201,11 @@ class AlgorithmConfig:
     @property
     def needs_reference(self) -> bool:
         return self.kl_coef > 0 or self.reward_kl_coef > 0
+
+    @property
+    def needs_ref_logprobs(self) -> bool:
+        """The reference's log-probabilities of sampled tokens; with the exact KL no loss reads them, a KL in the reward still does."""
+        return self.reward_kl_coef > 0 or (self.kl_coef > 0 and self.kl_estimator != "exact")
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -247,6 +253,7 @@ class TrainerConfig:
     token_budget: NonNegativeInt = 0  # > 0: train also ends after the step that has brought the sampled tokens to this number
     minibatches_per_step: Count = 1  # optimizer steps per rollout
     microbatch_tokens: Count = 4096  # packed tokens per forward; at least the longest trace
+    logits_chunk_tokens: NonNegativeInt = 0  # > 0: logits exist for so many of them at a time, and are computed again in backward; 0: whole
     global_batch_dialogues: Count = 64  # sft: dialogues per optimizer step
     evaluate_every: NonNegativeInt = 0  # 0: only before the first and after the last step
     evaluation_problems: NonNegativeInt = 200  # per set, the first ones of the file; 0: all
@@ -398,6 +405,13 @@ def _check_objective(config: RunConfig) -> None:
         raise ConfigError(
             f"algorithm.reward_kl_coef is {algorithm.reward_kl_coef} with algorithm.advantage={algorithm.advantage}; a reward per token "
             "needs algorithm.advantage=gae: use algorithm.kl_coef, a term of the loss, instead."
+        )
+    actor, reference = config.parallel.actor, config.parallel.layout("reference")
+    if algorithm.needs_reference and algorithm.kl_estimator == "exact" and (reference.tensor, reference.pipeline) != (actor.tensor, 1):
+        raise ConfigError(
+            f"algorithm.kl_estimator is exact with parallel.reference.tensor {reference.tensor} and pipeline {reference.pipeline}; the "
+            f"reference runs where the loss is computed, in one stage, its vocabulary cut over tensor {actor.tensor} as the actor's: set "
+            f"parallel.reference={{tensor:{actor.tensor},pipeline:1}}, or use k3."
         )
     if config.reward_model.bootstrap and config.reward_model.heads < 2:
         raise ConfigError(

@@ -20,6 +20,7 @@ from megatron_rema.algorithm.masked import masked_sum, segment_count_K, segment_
 from megatron_rema.algorithm.ratio import Level, Mean, importance_ratio, unit_ids
 
 Aggregation = Literal["token", "turn", "episode", "constant"]
+KLTerm = Literal[KLEstimator, "exact"]
 
 
 def aggregation_weights(
@@ -79,7 +80,7 @@ class PolicyLossStats:
     dual_clipped_units: Tensor  # units of negative advantage held by dual_clip: no gradient
     ratio_units: Tensor  # sum of the units' ratios
     kl_old_k3_nats_tokens: Tensor  # how far the policy moved from the one that sampled, k3
-    kl_ref_nats_tokens: Tensor | None = None  # to the reference, by kl_estimator
+    kl_ref_nats_tokens: Tensor | None = None  # to the reference, by kl_estimator or exact
     entropy_nats_tokens: Tensor | None = None
 
     def as_dict(self) -> dict[str, Tensor]:
@@ -128,8 +129,9 @@ def policy_loss(
     dual_clip: float | None = 3.0,
     log_ratio_cap: float = 3.0,
     ref_logprobs_T: Tensor | None = None,
+    kl_T: Tensor | None = None,
     kl_coef: float = 0.0,
-    kl_estimator: KLEstimator = "k3",
+    kl_estimator: KLTerm = "k3",
     entropy_T: Tensor | None = None,
     entropy_coef: float = 0.0,
 ) -> tuple[Tensor, PolicyLossStats]:
@@ -140,11 +142,13 @@ def policy_loss(
 
     ``advantages_T`` that are equal inside a unit give the per-unit loss of the paper; ones that differ (per-turn credit under
     a trace ratio) keep their own credit. Untrained positions are not read. No trained token: loss 0 with gradient 0.
-    Gradient flows to logprobs_T and entropy_T only.
+    ``kl_T`` is the exact KL of each position's distribution (kl_estimator "exact"); else it is estimated from ``ref_logprobs_T``, which is
+    not read beside it. Gradient flows to logprobs_T, kl_T and entropy_T only.
     """
     check_options(
         level=level, mean=mean, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, log_ratio_cap=log_ratio_cap,
-        ref_logprobs_T=ref_logprobs_T, kl_coef=kl_coef, kl_estimator=kl_estimator, entropy_T=entropy_T, entropy_coef=entropy_coef,
+        ref_logprobs_T=ref_logprobs_T, kl_T=kl_T, kl_coef=kl_coef, kl_estimator=kl_estimator, entropy_T=entropy_T,
+        entropy_coef=entropy_coef,
     )  # fmt: skip
 
     def trained(values_T: Tensor) -> Tensor:
@@ -170,11 +174,12 @@ def policy_loss(
 
     policy_term = weighted(loss_T)
     loss = policy_term
-    kl_T = None
-    if ref_logprobs_T is not None:
+    if kl_T is not None:
+        kl_T = trained(kl_T)
+    elif ref_logprobs_T is not None:
         kl_T = kl_estimate(logprobs_T, trained(ref_logprobs_T.detach()), estimator=kl_estimator)
-        if kl_coef:
-            loss = loss + kl_coef * weighted(kl_T)
+    if kl_coef:
+        loss = loss + kl_coef * weighted(kl_T)
     if entropy_coef:
         loss = loss - entropy_coef * weighted(trained(entropy_T))
 
@@ -212,13 +217,14 @@ def check_options(
     dual_clip: float | None,
     log_ratio_cap: float,
     ref_logprobs_T: Tensor | None,
+    kl_T: Tensor | None,
     kl_coef: float,
-    kl_estimator: KLEstimator,
+    kl_estimator: str,
     entropy_T: Tensor | None,
     entropy_coef: float,
 ) -> None:
     """Raises ValueError for what `policy_loss` cannot take."""
-    for name, value, kind in (("level", level, Level), ("mean", mean, Mean), ("kl_estimator", kl_estimator, KLEstimator)):
+    for name, value, kind in (("level", level, Level), ("mean", mean, Mean), ("kl_estimator", kl_estimator, KLTerm)):
         if value not in get_args(kind):
             raise ValueError(f"{name} must be one of {get_args(kind)}, got {value!r}.")
     if log_ratio_cap < 0.0:
@@ -227,8 +233,12 @@ def check_options(
         raise ValueError(f"clip_low must be in [0, 1] and clip_high >= 0, got {clip_low} and {clip_high}.")
     if dual_clip is not None and dual_clip <= 1.0 + clip_high:
         raise ValueError(f"dual_clip must exceed 1 + clip_high = {1.0 + clip_high}, got {dual_clip}; use None to switch it off.")
-    if kl_coef and ref_logprobs_T is None:
-        raise ValueError(f"kl_coef is {kl_coef} but there are no reference logprobs: build the reference policy or set kl_coef to 0.")
+    if kl_coef and ref_logprobs_T is None and kl_T is None:
+        raise ValueError(
+            f"kl_coef is {kl_coef} but there are neither reference logprobs nor an exact KL: build the reference or set kl_coef to 0."
+        )
+    if kl_estimator == "exact" and kl_T is None and ref_logprobs_T is not None:
+        raise ValueError("kl_estimator exact takes kl_T; reference logprobs of sampled tokens are for k1, k2 and k3.")
     if kl_coef and kl_estimator == "k1":
         raise ValueError("kl_estimator k1 has an expected gradient of 0 and cannot hold the policy back: use k2 or k3, or kl_coef 0.")
     if entropy_coef and entropy_T is None:

@@ -18,7 +18,7 @@ from megatron_rema.algorithm.masked import masked_moments, merge_moments, whiten
 from megatron_rema.kernels import library
 
 WHITEN_EPS = 1e-8
-KL_ESTIMATORS = {None: 0, "k1": 1, "k2": 2, "k3": 3}  # csrc/core.h
+KL_ESTIMATORS = {None: 0, "k1": 1, "k2": 2, "k3": 3, "exact": 4}  # csrc/core.h
 _GROUP_ESTIMATORS = {"grpo": 0, "dr_grpo": 1, "rloo": 2}
 
 

@@ -30,7 +30,7 @@ _SIGNATURES = {
     "rema_moments": [_P, _P, _P, _L, _P, _P, *_RUN],
     "rema_whiten": [_P, _P, _L, _P, _L, _D, _P, *_RUN],
     "rema_groups": [_P, _P, _L, _I, _D, _P, _P, *_RUN],
-    "rema_policy_loss": [*[_P] * 8, _L, _L, _I, _D, _D, _D, _D, _I, _D, _D, _P, _P, _P, _P, _P, *_RUN],
+    "rema_policy_loss": [*[_P] * 8, _L, _L, _I, _D, _D, _D, _D, _I, _D, _D, *[_P] * 6, *_RUN],
 }
 # counts -> bytes
 _SIZES = {

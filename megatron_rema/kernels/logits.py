@@ -19,10 +19,10 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class Statistics(NamedTuple):
-    """[T] float32 each, in nats. ``kl`` is None without reference logits."""
+    """[T] each, in nats. ``entropy`` is None where nobody asked for it, ``kl`` without reference logits."""
 
     logprobs: Tensor
-    entropy: Tensor
+    entropy: Tensor | None
     kl: Tensor | None
 
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_rema.algorithm import losses as reference
-from megatron_rema.algorithm.kl import KLEstimator
-from megatron_rema.algorithm.losses import PolicyLossStats
+from megatron_rema.algorithm.losses import KLTerm, PolicyLossStats
 from megatron_rema.algorithm.ratio import Level, Mean
 from megatron_rema.kernels import library
 from megatron_rema.kernels.advantage import KL_ESTIMATORS
@@ -38,8 +37,9 @@ def policy_loss(
     dual_clip: float | None = 3.0,
     log_ratio_cap: float = 3.0,
     ref_logprobs_T: Tensor | None = None,
+    kl_T: Tensor | None = None,
     kl_coef: float = 0.0,
-    kl_estimator: KLEstimator = "k3",
+    kl_estimator: KLTerm = "k3",
     entropy_T: Tensor | None = None,
     entropy_coef: float = 0.0,
 ) -> tuple[Tensor, PolicyLossStats]:
@@ -53,17 +53,18 @@ def policy_loss(
     if not library.is_fused(logprobs_T):
         return reference.policy_loss(
             logprobs_T, old_logprobs_T, advantages_T, loss_weights_T, turn_ids_T, trace_ids_T, loss_mask_T,
-            num_turns=len(cu_turns) - 1, ref_logprobs_T=ref_logprobs_T, entropy_T=entropy_T, **options,
+            num_turns=len(cu_turns) - 1, ref_logprobs_T=ref_logprobs_T, kl_T=kl_T, entropy_T=entropy_T, **options,
         )  # fmt: skip
-    reference.check_options(ref_logprobs_T=ref_logprobs_T, entropy_T=entropy_T, **options)
-    columns = (logprobs_T, old_logprobs_T.detach(), advantages_T.detach(), loss_weights_T.detach(), ref_logprobs_T, entropy_T)
+    reference.check_options(ref_logprobs_T=ref_logprobs_T, kl_T=kl_T, entropy_T=entropy_T, **options)
+    to_reference_T, kind = (kl_T, "exact") if kl_T is not None else (ref_logprobs_T, kl_estimator if ref_logprobs_T is not None else None)
+    columns = (logprobs_T, old_logprobs_T.detach(), advantages_T.detach(), loss_weights_T.detach(), to_reference_T, entropy_T)
     columns = tuple(None if column is None else column.float().contiguous() for column in columns)
     assert loss_mask_T.dtype == torch.bool and all(c is None or c.shape == loss_mask_T.shape for c in columns), "one value per position"
     starts_U1 = {"token": None, "turn": cu_turns, "trace": cu_seqlens}[level]
-    loss, sums, _, _ = torch.ops.megatron_rema.policy_loss(
+    loss, sums, *_ = torch.ops.megatron_rema.policy_loss(
         *columns, loss_mask_T.contiguous(), None if starts_U1 is None else starts_U1.long().contiguous(), mean == "arithmetic", clip_low,
         clip_high, math.inf if dual_clip is None else dual_clip, log_ratio_cap,
-        KL_ESTIMATORS[kl_estimator if ref_logprobs_T is not None else None], kl_coef, entropy_coef,
+        KL_ESTIMATORS[kind], kl_coef, entropy_coef,
     )  # fmt: skip
     policy, _, _, tokens, units, clipped, dual_clipped, ratios, kl_old, kl_ref, entropy = sums.float().unbind()
     return loss, PolicyLossStats(
@@ -75,7 +76,7 @@ def policy_loss(
         dual_clipped_units=dual_clipped,
         ratio_units=ratios,
         kl_old_k3_nats_tokens=kl_old,
-        kl_ref_nats_tokens=None if ref_logprobs_T is None else kl_ref,
+        kl_ref_nats_tokens=None if to_reference_T is None else kl_ref,
         entropy_nats_tokens=None if entropy_T is None else entropy,
     )
 
@@ -86,7 +87,7 @@ def _policy_loss(
     old_logprobs: Tensor,
     advantages: Tensor,
     weights: Tensor,
-    ref_logprobs: Tensor | None,
+    to_reference: Tensor | None,
     entropy: Tensor | None,
     mask: Tensor,
     starts: Tensor | None,
@@ -98,44 +99,42 @@ def _policy_loss(
     kl_estimator: int,
     kl_coef: float,
     entropy_coef: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     kernels, device, tokens = library.get(logprobs.device), logprobs.device, logprobs.numel()
-    loss, sums, grad_logprobs, grad_entropy = _shapes(logprobs, entropy_coef)
+    loss, sums, grad_logprobs, grad_kl, grad_entropy = _shapes(logprobs, kl_estimator, entropy_coef)
     units = 0 if starts is None else len(starts) - 1
     kernels.call(
-        "rema_policy_loss", device, logprobs, old_logprobs, advantages, weights, ref_logprobs, entropy, mask, starts, units, tokens,
+        "rema_policy_loss", device, logprobs, old_logprobs, advantages, weights, to_reference, entropy, mask, starts, units, tokens,
         arithmetic, clip_low, clip_high, dual_clip, log_ratio_cap, kl_estimator, kl_coef, entropy_coef, loss, sums, grad_logprobs,
-        grad_entropy if entropy_coef else None, kernels.scratch("policy_loss", device, units, tokens),
+        *(grad if grad.numel() else None for grad in (grad_kl, grad_entropy)), kernels.scratch("policy_loss", device, units, tokens),
     )  # fmt: skip
-    return loss, sums, grad_logprobs, grad_entropy
+    return loss, sums, grad_logprobs, grad_kl, grad_entropy
 
 
-def _shapes(logprobs: Tensor, entropy_coef: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, its sums, and what is kept for backward: d loss / d log-probabilities and (where it counts) entropy."""
+def _shapes(logprobs: Tensor, kl_estimator: int, entropy_coef: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, its sums, and what is kept for backward: d loss / d log-probabilities, and exact KL and entropy where they count."""
     return (
         logprobs.new_empty(()),
         torch.empty(11, dtype=torch.float64, device=logprobs.device),
         torch.empty_like(logprobs),
+        logprobs.new_empty(logprobs.numel() if kl_estimator == KL_ESTIMATORS["exact"] else 0),
         logprobs.new_empty(logprobs.numel() if entropy_coef else 0),
     )
 
 
 @_policy_loss.register_fake
 def _(logprobs, *arguments):
-    return _shapes(logprobs, arguments[-1])
+    return _shapes(logprobs, arguments[-3], arguments[-1])
 
 
 def _keep(ctx, inputs, output):
-    *_, entropy_coef = inputs
     ctx.save_for_backward(*output[2:])
-    ctx.has_entropy = bool(entropy_coef)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, grad, *_):
-    grad_logprobs, grad_entropy = ctx.saved_tensors
-    none = (None,) * 16
-    return (grad * grad_logprobs, *none[1:5], grad * grad_entropy if ctx.has_entropy else None, *none[6:])
+    logprobs, kl, entropy = (grad * kept if kept.numel() else None for kept in ctx.saved_tensors)
+    return logprobs, None, None, None, kl, entropy, *(None,) * 10
 
 
 _policy_loss.register_autograd(_backward, setup_context=_keep)

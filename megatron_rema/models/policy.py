@@ -17,11 +17,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_rema.architecture import Architecture
-from megatron_rema.models.heads import ScalarHead
+from megatron_rema.kernels.logits import Statistics
+from megatron_rema.models.heads import ScalarHead, hand_over_hidden_states
 from megatron_rema.models.offload import HostOffload
 from megatron_rema.models.spec import block_spec, transformer_config
 from megatron_rema.parallel import pipeline, platform
 from megatron_rema.parallel.groups import Groups
+from megatron_rema.parallel.linear_vocab import Factors, linear_statistics
+from megatron_rema.parallel.vocab import vocab_parallel_statistics
 from megatron_rema.types import Batch
 
 
@@ -35,6 +38,7 @@ class ParallelModel:
     modules: list[GPTModel]  # this rank's shard of its stage: one module, or one per virtual stage, first layers first
     chunks: list[nn.Module]  # the modules, each wrapped in megatron's DistributedDataParallel when trainable
     offload: HostOffload | None = None  # of the weights; None: they stay on the device
+    logits_chunk_tokens: int = 0  # > 0: the last stage gives hidden states, and logits exist for so many positions at a time
 
     @property
     def module(self) -> GPTModel:
@@ -49,6 +53,42 @@ class ParallelModel:
     def resident(self) -> AbstractContextManager[None]:
         """The weights are on the device inside: whoever reads or runs them asks for it."""
         return nullcontext() if self.offload is None else self.offload.resident()
+
+    def statistics(
+        self,
+        outputs: Tensor,
+        batch: Batch,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        reference: ParallelModel | None = None,
+    ) -> Statistics:
+        """[T] log-probabilities of the labels, entropies, and exact KL to ``reference``, from what the last stage gave a loss.
+
+        The ``outputs`` serve nobody afterwards. The reference is run here, on this microbatch alone: a model of one stage whose vocabulary
+        is cut as this one's, with the same ``logits_chunk_tokens``, resident until backward is through.
+        """
+        ref_outputs = None
+        if reference is not None:
+            with torch.no_grad():
+                ref_outputs = pipeline.run(reference.module, batch)[0]
+        options = {"temperature": temperature, "with_entropy": with_entropy, "vocab_size": self.arch.vocab_size}
+        options |= {"allowed_sets_SW": batch.allowed_sets, "allowed_ids_T": batch.allowed_ids}
+        if not self.logits_chunk_tokens:
+            return vocab_parallel_statistics(
+                outputs, batch.labels, self.groups.tp, local_ref_logits_TV=ref_outputs, overwrite_logits=True, **options
+            )
+        factors = Factors(outputs, self._output_weight)
+        ref_factors = None if reference is None else Factors(ref_outputs, reference._output_weight)
+        return linear_statistics(
+            factors, batch.labels, self.groups.tp, ref_logits=ref_factors, chunk_tokens=self.logits_chunk_tokens, **options
+        )
+
+    @property
+    def _output_weight(self) -> Tensor:
+        """On the last stage, this tensor rank's rows: the embedding's own where it is tied and lies here, else the output layer's."""
+        last = self.modules[-1]
+        return last.shared_embedding_or_output_weight() if self.arch.tied else last.output_layer.weight
 
     def forward_backward(self, batches: list[Batch], loss_fn: pipeline.LossFn, *, forward_only: bool = False) -> list[pipeline.Stats]:
         """`pipeline.forward_backward` with this model's chunks, config and groups."""
@@ -69,12 +109,13 @@ def build_policy(
     recompute: bool = False,
     distributed_optimizer: bool = False,
     offload: bool = False,
+    logits_chunk_tokens: int = 0,
 ) -> ParallelModel:
     """This rank's part of ``arch``: ``virtual`` chunks of it, of which chunk v holds part v * stages + stage. A collective.
 
     ``seed`` draws random weights; without it they are left empty, for a checkpoint to fill. ``distributed_optimizer`` lays gradients
     out for ZeRO-1; `build_optimizer` follows it. ``offload``: the weights wait in host memory outside `ParallelModel.resident`, from its
-    first use on; `build_optimizer` follows it too.
+    first use on; `build_optimizer` follows it too. ``logits_chunk_tokens`` > 0: see `ParallelModel`; scalar heads have no logits to cut.
     """
     config = transformer_config(
         arch,
@@ -85,24 +126,24 @@ def build_policy(
         sequence_parallel=sequence_parallel,
         recompute=recompute,
     )
-    modules = [_module(arch, config, groups, stage if virtual > 1 else None) for stage in range(virtual)]
+    modules = [_module(arch, config, groups, stage if virtual > 1 else None, logits_chunk_tokens) for stage in range(virtual)]
     if seed is not None:
         for module in modules:
             initialise(module, arch, groups=groups, seed=seed)
     if not trainable:
         for module in modules:
             module.requires_grad_(False)
-        return ParallelModel(arch, groups, config, modules, list(modules), _offload_of(modules) if offload else None)
+        return ParallelModel(arch, groups, config, modules, list(modules), _offload_of(modules) if offload else None, logits_chunk_tokens)
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer)
     wrapped = [DistributedDataParallel(config, ddp_config, module, pg_collection=groups.collection) for module in modules]
-    return ParallelModel(arch, groups, config, modules, wrapped, _offload_of(modules) if offload else None)
+    return ParallelModel(arch, groups, config, modules, wrapped, _offload_of(modules) if offload else None, logits_chunk_tokens)
 
 
 def _offload_of(modules: list[GPTModel]) -> HostOffload:
     return HostOffload(lambda: [param.data for module in modules for param in module.parameters()])
 
 
-def _module(arch: Architecture, config: TransformerConfig, groups: Groups, virtual_stage: int | None) -> GPTModel:
+def _module(arch: Architecture, config: TransformerConfig, groups: Groups, virtual_stage: int | None, logits_chunk_tokens: int) -> GPTModel:
     """One chunk, its weights empty. ``virtual_stage`` is None where the whole pipeline stage is one chunk."""
     last_virtual = (config.virtual_pipeline_model_parallel_size or 1) - 1
     is_last = groups.is_last_stage and virtual_stage in (None, last_virtual)
@@ -124,6 +165,8 @@ def _module(arch: Architecture, config: TransformerConfig, groups: Groups, virtu
     )
     if arch.num_scalars and is_last:
         module.output_layer = ScalarHead(config, arch.num_scalars, groups)
+    elif logits_chunk_tokens and is_last:
+        hand_over_hidden_states(module.output_layer)
     return module.to(platform.device())
 
 

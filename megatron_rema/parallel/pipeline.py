@@ -28,7 +28,7 @@ from megatron_rema.parallel.groups import Groups
 from megatron_rema.types import Batch
 
 Stats = dict[str, Tensor]
-LossFn = Callable[[Tensor, Batch], tuple[Tensor, Stats]]  # (local_logits_TV [T, V/tp], batch) -> (loss scalar, detached stats)
+LossFn = Callable[[Tensor, Batch], tuple[Tensor, Stats]]  # (last stage's outputs [T, ...], batch) -> (loss scalar, detached stats)
 SHORTEST_IN_BLOCK = 0.75  # of the longest sequence that it is padded to
 
 
@@ -135,9 +135,7 @@ def forward_backward(
     def forward_step(microbatches, chunk: nn.Module):
         batch, batch_loss = next(microbatches)
         batch = _on_device(batch)
-        # [1, T, V/tp] on the last stage, activations on every other
-        logits = chunk(batch.tokens[None], batch.positions[None], None, packed_seq_params=packing_of(batch))
-        return logits, functools.partial(_loss_and_stats, batch_loss, batch)
+        return run(chunk, batch), functools.partial(_loss_and_stats, batch_loss, batch)
 
     config.finalize_model_grads_func = _sum_gradients
     schedule = get_forward_backward_func(pp_size=groups.pipeline_size, vp_size=len(chunks) if interleaved else None)
@@ -157,6 +155,11 @@ def forward_backward(
     return results[: len(batches)]
 
 
+def run(chunk: nn.Module, batch: Batch) -> Tensor:
+    """[1, T, V/tp] on the last stage (or what stands there instead of logits: models/heads.py), activations on every other."""
+    return chunk(batch.tokens[None], batch.positions[None], None, packed_seq_params=packing_of(batch))
+
+
 def _on_device(batch: Batch) -> Batch:
     """The same batch with its tensors where this process computes (itself where they are there already)."""
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
@@ -166,7 +169,7 @@ def _on_device(batch: Batch) -> Batch:
 
 def _loss_and_stats(loss_fn: LossFn, batch: Batch, logits: Tensor) -> tuple[Tensor, Tensor, Stats]:
     """megatron's three values: with ``calculate_per_token_loss`` the loss goes to backward as it is; the count is only carried along."""
-    loss, stats = loss_fn(logits[0], batch)
+    loss, stats = loss_fn(logits.squeeze(0), batch)  # not logits[0], whose gradient would be a second tensor of their size
     return loss, torch.zeros([], dtype=torch.int, device=logits.device), stats
 
 

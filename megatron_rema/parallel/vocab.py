@@ -1,9 +1,9 @@
-"""Log-probability and entropy of a token distribution whose vocabulary is sharded over tensor-parallel ranks.
+"""Log-probability, entropy and KL of a token distribution whose vocabulary is sharded over tensor-parallel ranks.
 
 Shapes: T label positions, V the padded vocabulary, V/tp this rank's shard ("local"): columns [rank * V/tp, (rank + 1) * V/tp);
 S sets of tokens, W 32-bit words that hold one bit a token.
-Over the wire, forward: one all-gather of four numbers per token, merged in rank order, hence bitwise equal on every rank.
-Backward: nothing; each rank forms the gradient of its own shard.
+Over the wire, forward: one all-gather of four numbers per token (eight with reference logits), merged in rank order, hence bitwise equal
+on every rank. Backward: nothing; each rank forms the gradient of its own shard.
 Memory: what is kept for backward is the logits themselves (in their own dtype, no copy) and a few numbers per token; in plain torch
 float32 temporaries exist for one chunk of rows at a time, in the fused kernels (kernels/logits.py) there are none.
 """
@@ -18,75 +18,63 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_rema.kernels import logits as kernels
+from megatron_rema.kernels.logits import Statistics
 
-FORBIDDEN = -1e30  # logit of a token outside the allowed set: finite, so that 0 * (z - max) is 0 and no NaN
 CHUNK_ELEMENTS = 1 << 20  # logits of one float32 temporary (4 MiB: larger ones leave a CPU's cache and take a third longer)
 LOWEST = -1e4  # nats below the largest: exp is 0 as for -inf, but 0 * -1e4 is 0
 
 
-def vocab_parallel_logprobs_and_entropy(
+def vocab_parallel_statistics(
     local_logits_TV: Tensor,
     labels_T: Tensor,
     tp_group: ProcessGroup | None,
     *,
+    local_ref_logits_TV: Tensor | None = None,
     temperature: float = 1.0,
     with_entropy: bool = False,
     vocab_size: int,
     allowed_sets_SW: Tensor | None = None,
     allowed_ids_T: Tensor | None = None,
     overwrite_logits: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """[T] log-probability (nats) of each label under softmax(logits / temperature), and [T] entropy (nats) or None.
+) -> Statistics:
+    """[T] each, in nats: log-probability of the label under p = softmax(logits / temperature), entropy of p (None unless asked for), and
+    with reference logits the exact KL(p || q) from q = softmax(reference logits / temperature), else None.
 
     Computed in float32 whatever the logits' dtype (float64 logits: in float64). Columns from ``vocab_size`` on are padding:
     they have no probability and get gradient 0. A label outside [0, vocab_size) gives NaN. ``tp_group`` None: not sharded.
-    With allowed sets (bits over the whole vocabulary: ``types.Trace.allowed``) the softmax at position t runs over the tokens of set
-    ``allowed_ids_T[t]`` only: the others are as padding is, and a label that is one of them gets about -1e30.
-    Batches with allowed sets run in plain torch whatever ``kernels`` is: the fused kernels know no sets.
+    With allowed sets (bits over the whole vocabulary: ``types.Trace.allowed``) p and q at position t run over the tokens of set
+    ``allowed_ids_T[t]`` only: the logits of all others become -inf, and a label that is one of them gets log-probability -inf.
     Every rank returns the same values; the caller's loss must be the same on every rank, and its gradient is not reduced.
+    There is none with respect to the reference logits.
 
-    A logit of -inf has probability 0 and adds 0 to the entropy; a NaN makes its own row NaN, and so does a row without a finite logit.
-    ``overwrite_logits``: backward may write the gradient over the logits, whose values then serve nobody else; it can be run only once.
+    A logit of -inf has probability 0 and adds 0 to entropy and KL; where only q is 0 the KL is infinite (and has no gradient). A NaN
+    makes its own row NaN, and so does a row without a finite logit.
+    ``overwrite_logits``: the logits' values, and the reference's, serve nobody else. -inf is then written into them, not into a copy, and
+    backward may write the gradient over the logits; it can be run only once.
     """
     tp_size, rank = _place(tp_group)
     width = local_logits_TV.shape[-1]
     _check(temperature, width, tp_size, vocab_size)
     assert local_logits_TV.dim() == 2 and labels_T.shape == local_logits_TV.shape[:1], (local_logits_TV.shape, labels_T.shape)
+    assert local_ref_logits_TV is None or local_ref_logits_TV.shape == local_logits_TV.shape, "the reference is cut like the policy"
     assert (allowed_sets_SW is None) == (allowed_ids_T is None), "allowed sets and each position's set come together"
-    if allowed_sets_SW is not None or not kernels.is_fused(local_logits_TV):
-        return _LogprobsAndEntropy.apply(
-            local_logits_TV, labels_T, tp_group, temperature, with_entropy, vocab_size, allowed_sets_SW, allowed_ids_T
-        )
-    shape = {"first_column": rank * width, "num_valid": min(max(vocab_size - rank * width, 0), width), "temperature": temperature}
-    part_T4 = kernels.partial(local_logits_TV, None, labels_T, **shape)
-    parts_ST4 = _gather(part_T4, tp_group)
-    statistics = kernels.finish(
-        parts_ST4, local_logits_TV, None, labels_T, vocab_size=vocab_size, overwrite_logits=overwrite_logits, **shape
-    )
-    return statistics.logprobs, statistics.entropy if with_entropy else None
-
-
-def vocab_parallel_kl(
-    local_logits_TV: Tensor, local_ref_logits_TV: Tensor, tp_group: ProcessGroup | None, *, temperature: float = 1.0, vocab_size: int
-) -> Tensor:
-    """[T] exact KL(p || q) in nats of p = softmax(logits / temperature) from q = softmax(reference logits / temperature).
-
-    Gradient with respect to the logits only. Precision, padding and what crosses the wire as above, with eight numbers per token. A
-    logit of -inf has probability 0: where p is 0 it adds nothing, where only q is 0 the KL is infinite (and has no gradient).
-    """
-    tp_size, rank = _place(tp_group)
-    width = local_logits_TV.shape[-1]
-    _check(temperature, width, tp_size, vocab_size)
-    assert local_logits_TV.dim() == 2 and local_logits_TV.shape == local_ref_logits_TV.shape, (
-        local_logits_TV.shape,
-        local_ref_logits_TV.shape,
-    )
+    first, num_valid = rank * width, min(max(vocab_size - rank * width, 0), width)
+    if allowed_sets_SW is not None:
+        allowed_SV = allowed_columns(allowed_sets_SW, first, num_valid)
+        local_logits_TV = _forbid(local_logits_TV, allowed_SV, allowed_ids_T, overwrite=overwrite_logits)
+        if local_ref_logits_TV is not None:
+            local_ref_logits_TV = _forbid(local_ref_logits_TV, allowed_SV, allowed_ids_T, overwrite=overwrite_logits)
     if not kernels.is_fused(local_logits_TV):
-        return _Kl.apply(local_logits_TV, local_ref_logits_TV, tp_group, temperature, vocab_size)
-    shape = {"first_column": rank * width, "num_valid": min(max(vocab_size - rank * width, 0), width), "temperature": temperature}
-    nobody_T = torch.full(local_logits_TV.shape[:1], -1, device=local_logits_TV.device)
-    parts_ST8 = _gather(kernels.partial(local_logits_TV, local_ref_logits_TV, nobody_T, **shape), tp_group)
-    return kernels.finish(parts_ST8, local_logits_TV, local_ref_logits_TV, nobody_T, vocab_size=vocab_size, **shape).kl
+        values_T = _LogprobsAndEntropy.apply(local_logits_TV, labels_T, tp_group, temperature, with_entropy, vocab_size)
+        if local_ref_logits_TV is None:
+            return Statistics(*values_T, None)
+        return Statistics(*values_T, _Kl.apply(local_logits_TV, local_ref_logits_TV, tp_group, temperature, vocab_size))
+    shape = {"first_column": first, "num_valid": num_valid, "temperature": temperature}
+    parts_STW = _gather(kernels.partial(local_logits_TV, local_ref_logits_TV, labels_T, **shape), tp_group)
+    statistics = kernels.finish(
+        parts_STW, local_logits_TV, local_ref_logits_TV, labels_T, vocab_size=vocab_size, overwrite_logits=overwrite_logits, **shape
+    )
+    return statistics if with_entropy else statistics._replace(entropy=None)
 
 
 def _check(temperature: float, width: int, tp_size: int, vocab_size: int) -> None:
@@ -100,6 +88,15 @@ def allowed_columns(sets_SW: Tensor, first: int, number: int) -> Tensor:
     """[S, number] bool: is token ``first + column`` in the set? ``sets_SW`` int32: bit v % 32 of word v // 32 stands for token v."""
     tokens_V = torch.arange(first, first + number, device=sets_SW.device)
     return ((sets_SW[:, tokens_V // 32] >> (tokens_V % 32).int()) & 1).bool()
+
+
+def _forbid(logits_TV: Tensor, allowed_SV: Tensor, allowed_ids_T: Tensor, *, overwrite: bool) -> Tensor:
+    """The logits with -inf at every token outside its position's set. Their gradient there is 0 whatever is made of them: p is 0."""
+    logits_TV = logits_TV if overwrite else logits_TV.clone()
+    with torch.no_grad():
+        for rows in _row_chunks(logits_TV):
+            logits_TV[rows, : allowed_SV.shape[1]].masked_fill_(~allowed_SV[allowed_ids_T[rows]], -torch.inf)
+    return logits_TV
 
 
 def _place(tp_group: ProcessGroup | None) -> tuple[int, int]:
@@ -124,13 +121,12 @@ class _LogprobsAndEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits_TV, labels_T, tp_group, temperature, with_entropy, vocab_size, allowed_sets_SW, allowed_ids_T):
+    def forward(ctx, logits_TV, labels_T, tp_group, temperature, with_entropy, vocab_size):
         _, rank = _place(tp_group)
         first = rank * logits_TV.shape[1]
         num_valid = min(max(vocab_size - first, 0), logits_TV.shape[1])
         is_mine_T = (labels_T >= first) & (labels_T < first + num_valid)
         column_T = (labels_T - first).masked_fill(~is_mine_T, 0)
-        allowed_SV = None if allowed_sets_SW is None else allowed_columns(allowed_sets_SW, first, num_valid)
 
         # local max m, sum of exp(z - m), sum of exp(z - m) (z - m), label's z (0 where another rank has it)
         dtype = torch.promote_types(logits_TV.dtype, torch.float32)
@@ -139,7 +135,7 @@ class _LogprobsAndEntropy(torch.autograd.Function):
             local_T4[:, 0] = torch.finfo(dtype).min  # finite, so that a shard of padding adds 0 and no NaN
         else:
             for rows in _row_chunks(logits_TV):
-                z_RV = _allowed_only(_scaled(logits_TV[rows, :num_valid], dtype, temperature), rows, allowed_SV, allowed_ids_T)
+                z_RV = _scaled(logits_TV[rows, :num_valid], dtype, temperature)
                 local_T4[rows, 3] = z_RV.gather(1, column_T[rows, None])[:, 0].masked_fill(~is_mine_T[rows], 0.0)
                 max_R = z_RV.amax(1).clamp(min=torch.finfo(dtype).min)  # finite in a shard that holds nothing but -inf
                 z_RV = z_RV - max_R[:, None]  # a copy: the logits are kept for backward
@@ -164,7 +160,6 @@ class _LogprobsAndEntropy(torch.autograd.Function):
 
         ctx.save_for_backward(logits_TV, column_T, is_mine_T, max_T + log_total_T, entropy_T)
         ctx.temperature, ctx.num_valid = temperature, num_valid
-        ctx.allowed_SV, ctx.allowed_ids_T = allowed_SV, allowed_ids_T
         ctx.set_materialize_grads(False)
         return logprobs_T, entropy_T
 
@@ -172,15 +167,14 @@ class _LogprobsAndEntropy(torch.autograd.Function):
     def backward(ctx, grad_logprobs_T, grad_entropy_T):
         logits_TV, column_T, is_mine_T, lse_T, entropy_T = ctx.saved_tensors
         if grad_logprobs_T is None and grad_entropy_T is None:
-            return None, None, None, None, None, None, None, None
+            return None, None, None, None, None, None
         zeros_T = torch.zeros_like(lse_T)
         grad_logprobs_T = zeros_T if grad_logprobs_T is None else grad_logprobs_T
         grad_TV = torch.empty_like(logits_TV)
         grad_TV[:, ctx.num_valid :] = 0.0
         if ctx.num_valid:
             for rows in _row_chunks(logits_TV):
-                z_RV = _scaled(logits_TV[rows, : ctx.num_valid], lse_T.dtype, ctx.temperature)
-                logp_RV = _allowed_only(z_RV, rows, ctx.allowed_SV, ctx.allowed_ids_T) - lse_T[rows, None]
+                logp_RV = _scaled(logits_TV[rows, : ctx.num_valid], lse_T.dtype, ctx.temperature) - lse_T[rows, None]
                 if grad_entropy_T is None:
                     grad_RV = logp_RV.exp_().mul_(-grad_logprobs_T[rows, None])
                 else:
@@ -190,7 +184,7 @@ class _LogprobsAndEntropy(torch.autograd.Function):
                 label_grad_R = grad_logprobs_T[rows].masked_fill(~is_mine_T[rows], 0.0)
                 grad_RV.scatter_add_(1, column_T[rows, None], label_grad_R[:, None])
                 grad_TV[rows, : ctx.num_valid] = grad_RV if ctx.temperature == 1.0 else grad_RV.div_(ctx.temperature)
-        return grad_TV, None, None, None, None, None, None, None
+        return grad_TV, None, None, None, None, None
 
 
 class _Kl(torch.autograd.Function):
@@ -250,10 +244,6 @@ def _scaled(logits_RV: Tensor, dtype: torch.dtype, temperature: float) -> Tensor
     """The logits themselves, not a copy, where there is nothing to do: not to be changed in place."""
     logits_RV = logits_RV.to(dtype)
     return logits_RV if temperature == 1.0 else logits_RV / temperature
-
-
-def _allowed_only(z_RV: Tensor, rows: slice, allowed_SV: Tensor | None, allowed_ids_T: Tensor | None) -> Tensor:
-    return z_RV if allowed_SV is None else z_RV.masked_fill(~allowed_SV[allowed_ids_T[rows]], FORBIDDEN)
 
 
 def _row_chunks(logits_TV: Tensor) -> Iterator[slice]:

@@ -159,6 +159,7 @@ def build_model(
         recompute=layout.recompute,
         distributed_optimizer=layout.distributed_optimizer and trainable,
         offload=layout.offload,
+        logits_chunk_tokens=config.trainer.logits_chunk_tokens,
     )
     if not random:
         load_hf(model.modules, arch, path, groups, fresh_head=fresh_head)

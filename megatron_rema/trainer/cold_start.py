@@ -10,7 +10,6 @@ from torch import Tensor
 
 from megatron_rema.config import ConfigError, RunConfig
 from megatron_rema.parallel.pipeline import reduce_stats
-from megatron_rema.parallel.vocab import vocab_parallel_logprobs_and_entropy
 from megatron_rema.report.page import write_report
 from megatron_rema.rollout.traces import traces_of_dialogue
 from megatron_rema.trainer.cast import (
@@ -78,10 +77,8 @@ def _update(policy: Policy, traces: Sequence[Trace], config: RunConfig) -> dict[
         traces, aggregation="token", max_turns=1, microbatch_tokens=config.trainer.microbatch_tokens, groups=model.groups
     )
 
-    def loss(local_logits_TV: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        logprobs_T, _ = vocab_parallel_logprobs_and_entropy(
-            local_logits_TV, batch.labels, model.groups.tp, with_entropy=False, vocab_size=model.arch.vocab_size, overwrite_logits=True
-        )
+    def loss(outputs: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        logprobs_T = model.statistics(outputs, batch).logprobs
         total = -torch.where(batch.loss_mask, batch.loss_weights * logprobs_T, 0.0).sum()
         return total, {"loss": total.detach(), "tokens": batch.loss_mask.sum()}
 

@@ -328,7 +328,7 @@ def score(study: Study, policy: Policy, traces: Sequence[Trace]) -> dict[str, li
     columns: dict[str, list[Tensor]] = {}
     if config.trainer.minibatches_per_step > 1 or config.algorithm.reward_kl_coef > 0:
         columns["old_logprobs"] = label_logprobs(policy.model, traces, temperature=temperature, microbatch_tokens=tokens)
-    if policy.reference is not None:
+    if config.algorithm.needs_ref_logprobs:
         columns["ref_logprobs"] = label_logprobs(policy.reference, traces, temperature=temperature, microbatch_tokens=tokens)
     if policy.critic is not None:
         columns["values"] = [values[:, 0] for values in scalars(policy.critic.model, traces, microbatch_tokens=tokens)]
@@ -355,6 +355,7 @@ def update(study: Study, policy: Policy, traces: Sequence[Trace], columns: dict[
             batches,
             algorithm=config.algorithm,
             temperature=config.rollout.temperature,
+            reference=policy.reference if config.algorithm.kl_estimator == "exact" else None,
             schedule_position=at,
         )
     return metrics

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from megatron_rema.models.policy import ParallelModel
 from megatron_rema.parallel.pipeline import broadcast_from_last_stage
-from megatron_rema.parallel.vocab import vocab_parallel_logprobs_and_entropy
 from megatron_rema.trainer.experience import pack, plan_for, to_device
 from megatron_rema.types import Batch, Trace
 
@@ -23,18 +22,8 @@ from megatron_rema.types import Batch, Trace
 def label_logprobs(model: ParallelModel, traces: Sequence[Trace], *, temperature: float, microbatch_tokens: int) -> list[Tensor]:
     """[L-1] log-probabilities (nats) of each trace's labels under ``model``. A collective of the world."""
 
-    def outputs(local_logits_TV: Tensor, batch: Batch) -> Tensor:
-        logprobs_T, _ = vocab_parallel_logprobs_and_entropy(
-            local_logits_TV,
-            batch.labels,
-            model.groups.tp,
-            temperature=temperature,
-            with_entropy=False,
-            vocab_size=model.arch.vocab_size,
-            allowed_sets_SW=batch.allowed_sets,
-            allowed_ids_T=batch.allowed_ids,
-        )
-        return logprobs_T[:, None]
+    def outputs(last: Tensor, batch: Batch) -> Tensor:
+        return model.statistics(last, batch, temperature=temperature).logprobs[:, None]
 
     return [columns_LK[:, 0] for columns_LK in _per_trace(model, traces, outputs, width=1, microbatch_tokens=microbatch_tokens)]
 

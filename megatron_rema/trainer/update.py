@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -14,7 +15,6 @@ from megatron_rema.kernels.policy import policy_loss
 from megatron_rema.models.optimizer import Optimizer
 from megatron_rema.models.policy import ParallelModel
 from megatron_rema.parallel.pipeline import reduce_stats
-from megatron_rema.parallel.vocab import vocab_parallel_logprobs_and_entropy
 from megatron_rema.types import Batch
 
 
@@ -25,26 +25,20 @@ def update_policy(
     *,
     algorithm: AlgorithmConfig,
     temperature: float,
+    reference: ParallelModel | None = None,
     schedule_position: int | None = None,
 ) -> dict[str, float]:
     """One optimizer step on one minibatch. Returns metrics, equal on every rank.
+
+    ``reference``: the KL term is the exact KL to it, of every position's whole distribution, instead of an estimate from
+    ``ref_logprobs``. It runs beside the policy, so one microbatch of its logits lives at a time. Source: arXiv:2504.10637.
 
     Without ``old_logprobs`` the policy being updated is the one that sampled (one minibatch per rollout): its own detached
     log-probabilities stand for them, which saves a forward pass and makes the ratio identically 1.
     """
 
-    def loss(local_logits_TV: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(
-            local_logits_TV,
-            batch.labels,
-            model.groups.tp,
-            temperature=temperature,
-            with_entropy=True,
-            vocab_size=model.arch.vocab_size,
-            allowed_sets_SW=batch.allowed_sets,
-            allowed_ids_T=batch.allowed_ids,
-            overwrite_logits=True,
-        )
+    def loss(outputs: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        logprobs_T, entropy_T, kl_T = model.statistics(outputs, batch, temperature=temperature, with_entropy=True, reference=reference)
         old_logprobs_T = logprobs_T.detach() if batch.old_logprobs is None else batch.old_logprobs
         total, stats = policy_loss(
             logprobs_T,
@@ -63,6 +57,7 @@ def update_policy(
             dual_clip=algorithm.dual_clip,
             log_ratio_cap=algorithm.log_ratio_cap,
             ref_logprobs_T=batch.ref_logprobs,
+            kl_T=kl_T,
             kl_coef=algorithm.kl_coef,
             kl_estimator=algorithm.kl_estimator,
             entropy_T=entropy_T,
@@ -71,11 +66,11 @@ def update_policy(
         gap_T = torch.where(batch.loss_mask, (old_logprobs_T - batch.rollout_logprobs).abs(), 0.0)
         return total, {**stats.as_dict(), "gap_sum": gap_T.sum(), "gap_max": gap_T.max()}
 
-    with optimizer.resident():
+    with optimizer.resident(), nullcontext() if reference is None else reference.resident():
         optimizer.zero_grad()
-        outputs = model.forward_backward(list(batches), loss)
+        results = model.forward_backward(list(batches), loss)
         result = optimizer.step(position=schedule_position)
-    stats = reduce_stats(outputs, model.groups, maxima=("gap_max",))
+    stats = reduce_stats(results, model.groups, maxima=("gap_max",))
     means = PolicyLossStats.means(stats, level=algorithm.ratio_level)
     return {
         **{f"train/{name}": value for name, value in means.items()},

@@ -24,7 +24,6 @@ from megatron_rema.models.optimizer import build_optimizer
 from megatron_rema.models.policy import ParallelModel, build_policy, full_name
 from megatron_rema.parallel.groups import build_groups
 from megatron_rema.parallel.pipeline import broadcast_from_last_stage, reduce_stats
-from megatron_rema.parallel.vocab import vocab_parallel_logprobs_and_entropy
 from megatron_rema.types import Batch
 
 QWEN2 = Architecture(
@@ -94,10 +93,8 @@ def microbatches(data_rank: int, data_size: int, per_rank: int, total: int) -> l
 
 
 def negative_logprob(model: ParallelModel):
-    def loss_fn(local_logits_TV, batch):
-        logprobs_T, _ = vocab_parallel_logprobs_and_entropy(
-            local_logits_TV, batch.labels, model.groups.tp, vocab_size=model.arch.vocab_size
-        )
+    def loss_fn(outputs, batch):
+        logprobs_T = model.statistics(outputs, batch).logprobs
         loss = -(batch.loss_weights * logprobs_T).sum()
         return loss, {"loss": loss.detach(), "labels": batch.loss_mask.sum(), "lowest": (-logprobs_T.detach()[batch.loss_mask]).max()}
 
@@ -138,8 +135,7 @@ def forward(model: ParallelModel, per_rank: int, total: int) -> np.ndarray:
 
     def keep(outputs, batch):
         if not arch.num_scalars:
-            logprobs_T, _ = vocab_parallel_logprobs_and_entropy(outputs, batch.labels, groups.tp, vocab_size=arch.vocab_size)
-            outputs = logprobs_T[:, None]
+            outputs = model.statistics(outputs, batch).logprobs[:, None]
         return outputs.sum(), {"outputs": outputs.detach().clone()}
 
     batches = microbatches(groups.data_rank, groups.data_size, per_rank, total)
@@ -277,6 +273,24 @@ def test_outputs_loss_gradients_and_step_do_not_change_with_the_layout(run_ranks
         assert_same_step(result, reference(run_ranks, arch))
 
 
+@pytest.mark.parametrize("arch", [QWEN2, QWEN2_TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    ("world", "tensor", "pipeline", "options"),
+    [
+        pytest.param(1, 1, 1, {}, id="alone"),
+        pytest.param(2, 2, 1, {"sequence_parallel": True}, id="TP2-sequence-parallel"),
+        pytest.param(2, 1, 2, {"virtual": 2}, id="PP2-virtual2"),
+        pytest.param(4, 2, 1, {"distributed_optimizer": True}, id="TP2DP2-zero1"),
+        pytest.param(4, 2, 2, {}, id="TP2PP2"),
+        pytest.param(4, 2, 2, {"sequence_parallel": True, "recompute": True}, id="TP2PP2-sequence-parallel-recompute"),
+    ],
+)
+def test_logits_in_chunks_give_the_step_of_whole_logits(run_ranks, arch, world, tensor, pipeline, options):
+    """Chunks of 10 of 64 positions. A tied weight's gradient comes from both ends of the model, once each."""
+    for result in run_ranks(world, one_step_with, {"logits_chunk_tokens": 10, **options}, arch, tensor, pipeline, per_rank(options)):
+        assert_same_step(result, reference(run_ranks, arch))
+
+
 @pytest.mark.parametrize("per_rank", [1, 3, 4])  # 1 and 3 microbatches over 2 stages are filled up to 2 and 4
 def test_virtual_stages_take_any_number_of_microbatches(run_ranks, per_rank):
     for result in run_ranks(2, one_step_with, {"virtual": 2}, QWEN2, 1, 2, per_rank):
@@ -319,8 +333,8 @@ def logprobs(tensor: int, pipeline: int, parts: list[list[torch.Tensor]], total:
     model = build_policy(QWEN3, groups=groups, seed=7, trainable=False)
     assert not any(p.requires_grad for p in model.module.parameters())
 
-    def keep(local_logits_TV, batch):
-        values_T, _ = vocab_parallel_logprobs_and_entropy(local_logits_TV, batch.labels, groups.tp, vocab_size=QWEN3.vocab_size)
+    def keep(outputs, batch):
+        values_T = model.statistics(outputs, batch).logprobs
         return values_T.sum(), {"logprobs": values_T.detach()}
 
     batches = [pack(part, total) for part in parts]

@@ -10,6 +10,8 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_rema.config import AlgorithmConfig
 from megatron_rema.models.optimizer import build_optimizer
@@ -51,21 +53,21 @@ def traces(count: int = 12) -> list[Trace]:
     return made
 
 
-def two_updates(tensor: int, pipeline: int, microbatch_tokens: int, algorithm: dict) -> list[dict[str, float]]:
-    """The reference lies at another layout than the policy wherever the world has more than one rank."""
-    groups = build_groups(tensor=tensor, pipeline=pipeline)
-    other = build_groups(tensor=pipeline, pipeline=tensor)
-    model = build_policy(QWEN2_TIED, groups=groups, seed=1)
-    reference = build_policy(QWEN2_TIED, groups=other, seed=2, trainable=False)
-    optimizer = build_optimizer(model, lr=1e-2, total_steps=2, eps=1e-3)
+def two_updates(tensor: int, pipeline: int, microbatch_tokens: int, algorithm: dict, **options) -> list[dict[str, float]]:
+    """The reference lies at another layout than the policy wherever there is more than one rank (exact KL: than one stage)."""
     settings, step = AlgorithmConfig(**algorithm), traces()
-    columns = {
-        "old_logprobs": label_logprobs(model, step, temperature=0.7, microbatch_tokens=microbatch_tokens),
-        "ref_logprobs": label_logprobs(reference, step, temperature=0.7, microbatch_tokens=microbatch_tokens),
-    }
+    groups = build_groups(tensor=tensor, pipeline=pipeline)
+    other = build_groups(tensor=pipeline, pipeline=tensor) if settings.needs_ref_logprobs else build_groups(tensor=tensor, pipeline=1)
+    model = build_policy(QWEN2_TIED, groups=groups, seed=1, **options)
+    reference = build_policy(QWEN2_TIED, groups=other, seed=2, trainable=False, **options)
+    optimizer = build_optimizer(model, lr=1e-2, total_steps=2, eps=1e-3)
+    columns = {"old_logprobs": label_logprobs(model, step, temperature=0.7, microbatch_tokens=microbatch_tokens)}
+    if settings.needs_ref_logprobs:
+        columns["ref_logprobs"] = label_logprobs(reference, step, temperature=0.7, microbatch_tokens=microbatch_tokens)
+    exact = reference if settings.kl_estimator == "exact" else None
     shape = {"aggregation": settings.aggregation, "max_turns": 4, "microbatch_tokens": microbatch_tokens}
     batches = pack_for_rank(step, groups=groups, columns=columns, **shape)
-    return [update_policy(model, optimizer, batches, algorithm=settings, temperature=0.7) for _ in range(2)]
+    return [update_policy(model, optimizer, batches, algorithm=settings, temperature=0.7, reference=exact) for _ in range(2)]
 
 
 VARIANTS = [
@@ -79,6 +81,7 @@ VARIANTS = [
         "clip_high": 0.01,
     },
     {"ratio_level": "turn", "ratio_mean": "arithmetic", "aggregation": "episode", "kl_coef": 0.1, "kl_estimator": "k2"},
+    {"ratio_level": "turn", "aggregation": "constant", "kl_coef": 0.1, "kl_estimator": "exact", "entropy_coef": 0.01},
     {"ratio_level": "trace", "aggregation": "constant"},
     {"ratio_level": "token", "aggregation": "token"},
 ]
@@ -100,6 +103,56 @@ def test_update_metrics_do_not_change_with_layout_or_microbatches(run_ranks, alg
         for rank_metrics in run_ranks(world, two_updates, tensor, pipeline, microbatch_tokens, algorithm):
             for ours, theirs in zip(rank_metrics, expected, strict=True):
                 assert ours == pytest.approx(theirs, rel=2e-5, abs=2e-5), (world, tensor, pipeline, microbatch_tokens)
+
+
+def two_updates_in_chunks(*args) -> list[dict[str, float]]:
+    return two_updates(*args, logits_chunk_tokens=20)
+
+
+@pytest.mark.parametrize("algorithm", [VARIANTS[0], VARIANTS[2]], ids=["k3", "exact"])
+def test_update_metrics_do_not_change_with_logits_in_chunks(run_ranks, algorithm):
+    expected = run_ranks(1, two_updates, 1, 1, 1024, algorithm)[0]
+    for world, tensor, pipeline in [(1, 1, 1), (4, 2, 2)]:
+        for rank_metrics in run_ranks(world, two_updates_in_chunks, tensor, pipeline, 64, algorithm):
+            for ours, theirs in zip(rank_metrics, expected, strict=True):
+                assert ours == pytest.approx(theirs, rel=2e-5, abs=2e-5), (world, tensor, pipeline)
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that any operation gave."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        tensors = result if isinstance(result, (list, tuple)) else [result]
+        self.numbers = max([self.numbers, *(t.numel() for t in tensors if isinstance(t, torch.Tensor))])
+        return result
+
+
+POSITIONS = 248  # of the update's only microbatch
+
+
+def largest_tensor(logits_chunk_tokens: int) -> int:
+    """In scores and an update with an exact KL, the weights' own tensors apart."""
+    groups = build_groups(tensor=1, pipeline=1)
+    wide = replace(QWEN2_TIED, vocab_size=4096)
+    model = build_policy(wide, groups=groups, seed=1, logits_chunk_tokens=logits_chunk_tokens)
+    reference = build_policy(wide, groups=groups, seed=2, trainable=False, logits_chunk_tokens=logits_chunk_tokens)
+    optimizer = build_optimizer(model, lr=1e-3, total_steps=1)
+    settings = AlgorithmConfig(kl_coef=0.1, kl_estimator="exact")
+    with Largest() as found:
+        columns = {"old_logprobs": label_logprobs(model, traces(), temperature=1.0, microbatch_tokens=256)}
+        batches = pack_for_rank(traces(), groups=groups, columns=columns, aggregation="turn", max_turns=4, microbatch_tokens=256)
+        update_policy(model, optimizer, batches, algorithm=settings, temperature=1.0, reference=reference)
+    assert all(len(batch.tokens) == POSITIONS for batch in batches)
+    return found.numbers
+
+
+def test_whole_logits_never_exist_in_chunks(run_ranks):
+    """248 positions of 4,096 logits are a million numbers; a chunk's are 65,536, and all weights together about 160,000."""
+    assert run_ranks(1, largest_tensor, 0)[0] >= POSITIONS * 4096
+    assert run_ranks(1, largest_tensor, 16)[0] < POSITIONS * 4096 / 4
 
 
 def test_scores_are_on_every_rank_trace_by_trace(run_ranks):

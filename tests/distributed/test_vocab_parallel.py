@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_rema.parallel.vocab import vocab_parallel_kl, vocab_parallel_logprobs_and_entropy
+from megatron_rema.parallel.vocab import vocab_parallel_statistics
 
 
 def whole(num_tokens, width, vocab_size, dtype):
@@ -24,7 +24,7 @@ def on_one_rank(width, vocab_size, dtype):
     rank, size = dist.get_rank(), dist.get_world_size()
     logits_TV, labels_T = whole(12, width, vocab_size, dtype)
     local_TV = logits_TV.chunk(size, -1)[rank].clone().requires_grad_()
-    logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(
+    logprobs_T, entropy_T, _ = vocab_parallel_statistics(
         local_TV, labels_T, dist.group.WORLD, temperature=0.7, with_entropy=True, vocab_size=vocab_size
     )
     loss = (logprobs_T * torch.linspace(-2, 3, 12)).sum() + (entropy_T * torch.linspace(1, -4, 12)).sum()
@@ -43,7 +43,7 @@ def constrained_on_one_rank(width, vocab_size):
     logits_TV, labels_T = whole(12, width, vocab_size, torch.float32)
     local_TV = logits_TV.chunk(size, -1)[rank].clone().requires_grad_()
     sets_SW, ids_T = sets_of(labels_T, vocab_size)[1:]
-    logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(
+    logprobs_T, entropy_T, _ = vocab_parallel_statistics(
         local_TV, labels_T, dist.group.WORLD, temperature=0.7, with_entropy=True, vocab_size=vocab_size, allowed_sets_SW=sets_SW,
         allowed_ids_T=ids_T,
     )  # fmt: skip
@@ -115,7 +115,10 @@ def kl_on_one_rank(vocab_size):
     rank, size = dist.get_rank(), dist.get_world_size()
     logits_TV, ref_TV = pair(vocab_size)
     local_TV = logits_TV.chunk(size, -1)[rank].clone().requires_grad_()
-    kl_T = vocab_parallel_kl(local_TV, ref_TV.chunk(size, -1)[rank], dist.group.WORLD, temperature=0.7, vocab_size=vocab_size)
+    labels_T = torch.zeros(12, dtype=torch.int64)
+    kl_T = vocab_parallel_statistics(
+        local_TV, labels_T, dist.group.WORLD, local_ref_logits_TV=ref_TV.chunk(size, -1)[rank], temperature=0.7, vocab_size=vocab_size
+    ).kl
     (kl_T * torch.linspace(-2, 3, 12)).sum().backward()
     return kl_T.tolist(), local_TV.grad.tolist()
 

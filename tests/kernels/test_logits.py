@@ -13,7 +13,7 @@ import torch
 
 from megatron_rema.kernels import logits as kernels
 from megatron_rema.kernels.library import using
-from megatron_rema.parallel.vocab import vocab_parallel_kl, vocab_parallel_logprobs_and_entropy
+from megatron_rema.parallel.vocab import vocab_parallel_statistics
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -105,19 +105,18 @@ def test_the_public_functions_are_those_of_plain_torch(device, vocab_size):
     for mode in ("fused", "reference"):
         leaf_TV = logits_TV.clone().requires_grad_()
         with using(mode):
-            logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(
-                leaf_TV, labels_T, None, temperature=0.6, with_entropy=True, vocab_size=vocab_size
+            logprobs_T, entropy_T, kl_T = vocab_parallel_statistics(
+                leaf_TV, labels_T, None, local_ref_logits_TV=ref_TV, temperature=0.6, with_entropy=True, vocab_size=vocab_size
             )
-            kl_T = vocab_parallel_kl(leaf_TV, ref_TV, None, temperature=0.6, vocab_size=vocab_size)
             (logprobs_T * incoming(6)[0].float().to(device) + entropy_T * 0.5 - kl_T * 3).sum().backward()
         results.append((logprobs_T.detach(), entropy_T.detach(), kl_T.detach(), leaf_TV.grad))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=5e-6, rtol=1e-5)  # gradients of order 10
 
 
-def test_without_entropy_there_is_none(device):
+def test_what_nobody_asked_for_is_none(device):
     logits_TV, _, labels_T = make(2, 9, 9, torch.float32)
-    assert vocab_parallel_logprobs_and_entropy(logits_TV.to(device), labels_T.to(device), None, vocab_size=9)[1] is None
+    assert vocab_parallel_statistics(logits_TV.to(device), labels_T.to(device), None, vocab_size=9)[1:] == (None, None)
 
 
 def test_impossible_logits_have_no_probability_and_disturb_nothing(device):
@@ -169,7 +168,7 @@ def test_labels_outside_the_vocabulary_give_nan_logprobs_and_no_label_gradient(d
     logits_TV, _, labels_T = make(3, 24, 21, torch.float32)
     labels_T[1], labels_T[2] = 21, -1  # a padding column, no column
     leaf_TV = logits_TV.to(device).requires_grad_()
-    logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(leaf_TV, labels_T.to(device), None, with_entropy=True, vocab_size=21)
+    logprobs_T, entropy_T, _ = vocab_parallel_statistics(leaf_TV, labels_T.to(device), None, with_entropy=True, vocab_size=21)
     assert logprobs_T.isnan().tolist() == [False, True, True] and entropy_T.isfinite().all()
     torch.where(logprobs_T.isnan(), 0.0, logprobs_T).sum().backward()
     assert leaf_TV.grad[0].abs().max() > 0 and (leaf_TV.grad[1:] == 0).all()
@@ -179,7 +178,7 @@ def test_rows_without_an_incoming_gradient_are_exactly_zero_even_where_logits_ar
     logits_TV, _, labels_T = make(3, 1003, 1003, torch.float32)
     logits_TV[1] = NAN
     leaf_TV = logits_TV.to(device).requires_grad_()
-    logprobs_T, _ = vocab_parallel_logprobs_and_entropy(leaf_TV, labels_T.to(device), None, vocab_size=1003)
+    logprobs_T, _, _ = vocab_parallel_statistics(leaf_TV, labels_T.to(device), None, vocab_size=1003)
     torch.where(torch.tensor([True, False, True], device=device), logprobs_T, 0.0).sum().backward()
     assert leaf_TV.grad.isfinite().all() and (leaf_TV.grad[1] == 0).all() and (leaf_TV.grad[0] != 0).any()
 
@@ -187,8 +186,9 @@ def test_rows_without_an_incoming_gradient_are_exactly_zero_even_where_logits_ar
 def test_no_tokens_are_fine(device):
     leaf_TV = torch.zeros(0, 24, device=device, requires_grad=True)
     labels_T = torch.zeros(0, dtype=torch.long, device=device)
-    logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(leaf_TV, labels_T, None, with_entropy=True, vocab_size=21)
-    kl_T = vocab_parallel_kl(leaf_TV, leaf_TV.detach(), None, vocab_size=21)
+    logprobs_T, entropy_T, kl_T = vocab_parallel_statistics(
+        leaf_TV, labels_T, None, local_ref_logits_TV=leaf_TV.detach(), with_entropy=True, vocab_size=21
+    )
     (logprobs_T.sum() + entropy_T.sum() + kl_T.sum()).backward()
     assert logprobs_T.shape == entropy_T.shape == kl_T.shape == (0,) and leaf_TV.grad.shape == (0, 24)
 
@@ -203,7 +203,7 @@ def test_rows_that_are_views_are_read_and_nothing_beside_them_is_written(device,
     labels_T = (labels_T % width).contiguous()
     torch.log_softmax(exact_TV, -1).gather(1, labels_T[:, None]).sum().backward()
     leaf_TV = view_TV.detach().requires_grad_()
-    logprobs_T, _ = vocab_parallel_logprobs_and_entropy(leaf_TV, labels_T.to(device), None, vocab_size=width, overwrite_logits=True)
+    logprobs_T, _, _ = vocab_parallel_statistics(leaf_TV, labels_T.to(device), None, vocab_size=width, overwrite_logits=True)
     logprobs_T.sum().backward()
     torch.testing.assert_close(leaf_TV.grad.cpu().double(), exact_TV.grad, atol=1e-6, rtol=0)
     torch.testing.assert_close(view_TV.cpu().double(), exact_TV.grad, atol=1e-6, rtol=0)
@@ -216,7 +216,7 @@ def test_overwriting_gives_the_same_gradient_without_a_second_tensor_and_only_on
     for overwrite in (False, True):
         leaf_TV = logits_TV.to(device, copy=True).requires_grad_()
         hidden_TV = leaf_TV * 1  # what a model's last layer hands over
-        logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(
+        logprobs_T, entropy_T, _ = vocab_parallel_statistics(
             hidden_TV, labels_T.to(device), None, with_entropy=True, vocab_size=512, overwrite_logits=overwrite
         )
         loss = (logprobs_T * 0.3 - entropy_T).sum()
@@ -225,6 +225,80 @@ def test_overwriting_gives_the_same_gradient_without_a_second_tensor_and_only_on
     assert torch.equal(*grads) and torch.equal(hidden_TV, grads[1])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def make_constrained(tokens, width, vocab_size, dtype):
+    """`make`, and sets that positions take in turn: everything, about half of the tokens, one token. Every label is in its set.
+
+    Returns logits, reference logits, labels, [S, W] words, [T] set of each position, [T, V] bool."""
+    logits_TV, ref_TV, labels_T = make(tokens, width, vocab_size, dtype)
+    allowed_SV, ids_T = torch.ones(3, vocab_size, dtype=torch.bool), torch.arange(tokens) % 3
+    labels_T[ids_T == 2] = vocab_size // 2
+    allowed_SV[1:] = torch.rand(vocab_size, generator=torch.Generator().manual_seed(4)) < 0.5
+    allowed_SV[1, labels_T[ids_T == 1]] = True
+    allowed_SV[2] = torch.arange(vocab_size) == vocab_size // 2
+    bits_SWB = torch.nn.functional.pad(allowed_SV, (0, -vocab_size % 32)).view(3, -1, 32).long()
+    words_SW = (bits_SWB << torch.arange(32)).sum(-1)
+    words_SW = torch.where(words_SW < 2**31, words_SW, words_SW - 2**32).int()
+    ref_TV[:, vocab_size:] = 0.0
+    return logits_TV, ref_TV, labels_T, words_SW, ids_T, allowed_SV[ids_T]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(("width", "vocab_size"), [(24, 21), (1005, 1001)])
+def test_under_a_grammar_the_kernels_err_at_most_twice_as_much_as_plain_torch(device, dtype, overwrite, width, vocab_size):
+    """Against a softmax over the set in float64: values, and the gradient of all three at once."""
+    logits_TV, ref_TV, labels_T, *sets, allowed_TV = make_constrained(7, width, vocab_size, dtype)
+    exact_TV = logits_TV.double().requires_grad_()
+    logp_TV, logq_TV = (
+        (source_TV[:, :vocab_size] / 0.7).masked_fill(~allowed_TV, -INF).log_softmax(-1).masked_fill(~allowed_TV, 0.0)
+        for source_TV in (exact_TV, ref_TV.double())
+    )
+    p_TV = logp_TV.exp().masked_fill(~allowed_TV, 0.0)
+    expected = [logp_TV.gather(1, labels_T[:, None])[:, 0], -(p_TV * logp_TV).sum(-1), (p_TV * (logp_TV - logq_TV)).sum(-1)]
+    sum((value * g).sum() for value, g in zip(expected, incoming(7), strict=True)).backward()
+    found = {}
+    for mode in ("fused", "reference"):
+        leaf_TV, their_ref_TV = logits_TV.to(device, copy=True).requires_grad_(), ref_TV.to(device, copy=True)
+        given_TV = leaf_TV * 1
+        with using(mode):
+            values = vocab_parallel_statistics(
+                given_TV,
+                labels_T.to(device),
+                None,
+                local_ref_logits_TV=their_ref_TV,
+                temperature=0.7,
+                with_entropy=True,
+                vocab_size=vocab_size,
+                allowed_sets_SW=sets[0].to(device),
+                allowed_ids_T=sets[1].to(device),
+                overwrite_logits=overwrite,
+            )
+            sum((v * g.float().to(device)).sum() for v, g in zip(values, incoming(7), strict=True)).backward()
+        found[mode] = [*(value.detach().cpu() for value in values), leaf_TV.grad.cpu()]
+        if not overwrite:
+            assert torch.equal(given_TV.detach().cpu(), logits_TV) and torch.equal(their_ref_TV.cpu(), ref_TV), "not the caller's copies"
+    ulp = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}[dtype] * exact_TV.grad.abs().max().item()
+    for ours, theirs, exact, floor in zip(*found.values(), [*expected, exact_TV.grad], (2e-6, 2e-6, 2e-6, 4e-6 + ulp), strict=True):
+        assert_at_most_twice(ours, theirs, exact, floor=floor)
+    assert (found["fused"][3][:, :vocab_size][~allowed_TV] == 0).all() and (found["fused"][3][:, vocab_size:] == 0).all()
+
+
+def test_a_label_that_its_grammar_forbids_has_no_probability(device):
+    logits_TV, _, labels_T, words_SW, ids_T, _ = make_constrained(7, 24, 21, torch.float32)
+    labels_T[2] -= 1
+    for mode in ("fused", "reference"):
+        with using(mode):
+            logprobs_T, *_ = vocab_parallel_statistics(
+                logits_TV.to(device),
+                labels_T.to(device),
+                None,
+                vocab_size=21,
+                allowed_sets_SW=words_SW.to(device),
+                allowed_ids_T=ids_T.to(device),
+            )
+        assert logprobs_T.isfinite().tolist() == [position != 2 for position in range(7)] and logprobs_T[2] == -INF
 
 
 def test_a_run_repeats_itself_bitwise(device):
@@ -272,7 +346,7 @@ def test_offsets_beyond_31_bits_reach_the_right_elements(libraries, tmp_path):
         with using("fused", cpu=library):
             results = []
             for source_TV in (far_TV.detach().requires_grad_(), logits_TV.clone().requires_grad_()):
-                logprobs_T, _ = vocab_parallel_logprobs_and_entropy(source_TV, labels_T, None, vocab_size=width, overwrite_logits=True)
+                logprobs_T, _, _ = vocab_parallel_statistics(source_TV, labels_T, None, vocab_size=width, overwrite_logits=True)
                 logprobs_T.sum().backward()
                 results.append((logprobs_T.detach(), source_TV.detach().clone()))
         assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
@@ -294,11 +368,11 @@ def test_the_number_of_threads_changes_nothing(on_cpu, threads):
 def test_what_the_kernels_cannot_read_is_refused_with_the_remedy(on_cpu):
     logits_TV, _, labels_T = make(6, 24, 24, torch.float32)
     with pytest.raises(ValueError, match=r"strides \(1, 24\).*contiguous\(\)"):
-        vocab_parallel_logprobs_and_entropy(torch.randn(24, 24).T, torch.zeros(24).long(), None, vocab_size=24)
+        vocab_parallel_statistics(torch.randn(24, 24).T, torch.zeros(24).long(), None, vocab_size=24)
     with pytest.raises(ValueError, match="float64: set kernels=auto"):
-        vocab_parallel_logprobs_and_entropy(logits_TV.double(), labels_T, None, vocab_size=24)
+        vocab_parallel_statistics(logits_TV.double(), labels_T, None, vocab_size=24)
     with pytest.raises(ValueError, match=r"labels are .* int64"):
-        vocab_parallel_logprobs_and_entropy(logits_TV, labels_T.int(), None, vocab_size=24)
+        vocab_parallel_statistics(logits_TV, labels_T.int(), None, vocab_size=24)
     with pytest.raises(ValueError, match="reference logits"):
         kernels.partial(logits_TV, logits_TV.bfloat16(), labels_T, first_column=0, num_valid=24, temperature=1.0)
 
@@ -317,7 +391,7 @@ def test_a_compiled_loss_is_one_graph_with_the_same_gradient(on_cpu):
     logits_TV, _, labels_T = make(5, 24, 21, torch.float32)
 
     def loss(leaf_TV):
-        logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(leaf_TV, labels_T, None, with_entropy=True, vocab_size=21)
+        logprobs_T, entropy_T, _ = vocab_parallel_statistics(leaf_TV, labels_T, None, with_entropy=True, vocab_size=21)
         return (logprobs_T * 2 - entropy_T.exp()).sum()
 
     grads = []

@@ -57,10 +57,10 @@ def packed(turns_of_traces, *, moved=0.3, seed=0):
 def outcome(batch, options, *, dtype=torch.float32, device="cpu"):
     """loss, gradients of log-probabilities and entropy (of 1.7 times the loss), and the sums; by the chosen mode."""
     batch = {name: (value.to(dtype) if value.is_floating_point() else value).to(device) for name, value in batch.items()}
-    leaves = {name: batch[name].clone().requires_grad_() for name in ("logprobs_T", "entropy_T")}
+    leaves = {name: batch[name].clone().requires_grad_() for name in ("logprobs_T", "kl_T", "entropy_T") if name in batch}
     loss, stats = policy_loss(**batch | leaves, **options)
     (1.7 * loss).backward()
-    grads = [torch.zeros(1) if leaf.grad is None else leaf.grad.cpu() for leaf in leaves.values()]
+    grads = [(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad).cpu() for leaf in leaves.values()]
     return loss.detach().cpu(), grads, {name: float(value) for name, value in stats.as_dict().items()}
 
 
@@ -112,6 +112,18 @@ def test_clips_and_caps_act_as_in_algorithm_however_far_the_policy_moved(device,
 )
 def test_every_option_is_that_of_algorithm(device, change):
     assert_like_algorithm(packed([[30, 8], [5]], moved=1.0), ALL_TERMS | {"level": "turn"} | change, device)
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+@pytest.mark.parametrize("level", ["token", "turn"])
+def test_an_exact_kl_is_weighted_and_has_its_own_gradient(device, level, kl_coef):
+    batch = packed([[30, 8], [5]])
+    batch["kl_T"] = batch.pop("ref_logprobs_T").square()
+    options = ALL_TERMS | {"level": level, "kl_estimator": "exact", "kl_coef": kl_coef}
+    assert_like_algorithm(batch, options, device)
+    kl_gradient_T = outcome(batch, options, device=device)[1][1]
+    expected_T = (1.7 * kl_coef * batch["loss_weights_T"]).masked_fill(~batch["loss_mask_T"], 0.0)
+    torch.testing.assert_close(kl_gradient_T, expected_T)
 
 
 def test_terms_that_are_not_asked_for_are_not_there(device):
@@ -225,6 +237,8 @@ def test_units_do_not_depend_on_threads_and_runs_repeat(on_cpu):
         ({"dual_clip": 1.1}, "dual_clip must exceed"),
         ({"log_ratio_cap": -1.0}, "log_ratio_cap must be at least 0"),
         ({"kl_estimator": "k1"}, "k1 has an expected gradient of 0"),
+        ({"kl_estimator": "exact"}, "exact takes kl_T"),
+        ({"kl_estimator": "k4"}, "kl_estimator must be one of"),
     ],
 )
 def test_bad_options_are_refused_like_in_algorithm(on_cpu, change, message):
@@ -237,5 +251,7 @@ def test_the_operator_keeps_torchs_contract(on_cpu):
     batch = {n: v.nan_to_num(0.0) if v.is_floating_point() else v for n, v in packed([[30, 8], [5]]).items()}
     columns = [batch[name] for name in COLUMNS]
     columns[0], columns[5] = columns[0].requires_grad_(), columns[5].requires_grad_()
-    numbers = (False, 0.2, 0.3, 3.0, 3.0, 3, 0.1, 0.02)
-    torch.library.opcheck(torch.ops.megatron_rema.policy_loss.default, (*columns, batch["loss_mask_T"], batch["cu_turns"], *numbers))
+    for kl_estimator in (3, 4):
+        numbers = (False, 0.2, 0.3, 3.0, 3.0, kl_estimator, 0.1, 0.02)
+        columns[4] = columns[4].requires_grad_(kl_estimator == 4)
+        torch.library.opcheck(torch.ops.megatron_rema.policy_loss.default, (*columns, batch["loss_mask_T"], batch["cu_turns"], *numbers))

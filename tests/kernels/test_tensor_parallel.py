@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_rema.kernels import logits as kernels
 from megatron_rema.kernels.library import using
-from megatron_rema.parallel.vocab import vocab_parallel_kl, vocab_parallel_logprobs_and_entropy
+from megatron_rema.parallel.vocab import vocab_parallel_statistics
 
 TOKENS, WIDTH = 9, 1024
 
@@ -34,10 +34,15 @@ def on_one_rank(library, vocab_size, dtype):
         parts_ST8 = [torch.empty_like(part_T8) for _ in range(size)]
         dist.all_gather(parts_ST8, part_T8)
         largest = [torch.stack(parts_ST8)[..., column].amax(0).tolist() for column in (0, 5)]
-        logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(
-            local_TV, labels_T, dist.group.WORLD, temperature=0.7, with_entropy=True, vocab_size=vocab_size
+        logprobs_T, entropy_T, kl_T = vocab_parallel_statistics(
+            local_TV,
+            labels_T,
+            dist.group.WORLD,
+            local_ref_logits_TV=local_ref_TV,
+            temperature=0.7,
+            with_entropy=True,
+            vocab_size=vocab_size,
         )
-        kl_T = vocab_parallel_kl(local_TV, local_ref_TV, dist.group.WORLD, temperature=0.7, vocab_size=vocab_size)
         (logprobs_T * torch.linspace(-2, 3, TOKENS) + entropy_T * torch.linspace(1, -4, TOKENS) + kl_T * 0.5).sum().backward()
     return [logprobs_T.tolist(), entropy_T.tolist(), kl_T.tolist()], local_TV.grad.tolist(), largest
 

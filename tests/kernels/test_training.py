@@ -42,10 +42,11 @@ def updates_by(library: Library, kernels: str, tensor: int, algorithm: dict) -> 
         )
         del columns["values"]
         batches = pack_for_rank(step, groups=groups, columns=columns, aggregation=settings.aggregation, max_turns=4, microbatch_tokens=128)
-        return [update_policy(model, optimizer, batches, algorithm=settings, temperature=0.7) for _ in range(STEPS)]
+        exact = reference if settings.kl_estimator == "exact" else None
+        return [update_policy(model, optimizer, batches, algorithm=settings, temperature=0.7, reference=exact) for _ in range(STEPS)]
 
 
-@pytest.mark.parametrize("algorithm", VARIANTS[:2], ids=lambda v: f"{v['ratio_level']}-{v['aggregation']}")
+@pytest.mark.parametrize("algorithm", VARIANTS[:3], ids=lambda v: f"{v['ratio_level']}-{v['aggregation']}")
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_fused_kernels_train_like_plain_torch(run_ranks, libraries, tensor, algorithm):
     """Proof of value: one seed, float32, 20 updates; losses, ratios, KL, entropy and gradient norms are those of plain torch."""

@@ -159,12 +159,14 @@ def json_task(tmp_path_factory) -> list[str]:
     return [o for o in overrides if not o.startswith("model.path=")] + common
 
 
+IN_CHUNKS = ["trainer.logits_chunk_tokens=50"]
 JSON_VARIANTS = {
     # tensor 2 cuts the vocabulary that the grammar speaks of; two updates a rollout and a reference ask for scored log-probabilities
     "multi_turn": (
         2,
         ["parallel.actor.tensor=2", "trainer.minibatches_per_step=2", "algorithm.kl_coef=0.01", "algorithm.entropy_coef=0.01"],
     ),
+    "exact_kl": (1, ["algorithm.kl_coef=0.1", "algorithm.kl_estimator=exact", "trainer.minibatches_per_step=2", *IN_CHUNKS]),
     "single_turn": (1, [*SINGLE_TURN, "rollout.samples_per_plan=2", "agents=separate", "engine.name=transformers"]),
 }
 
@@ -217,6 +219,15 @@ def test_every_ratio_moves_once_a_rollout_has_more_than_one_update(level, task, 
     # the first of the two updates has ratio 1, the second has not: the policy has moved
     assert first["train/grad_norm"] > 0
     assert abs(first[f"train/{level}_ratio_mean"] - 1) > 1e-6 and first["train/kl_old_k3_nats"] > 0
+
+
+def test_the_exact_kl_is_taken_from_a_reference_that_runs_beside_the_policy(task, tmp_path):
+    """The policy lies in two stages, the reference whole on each rank and in host memory between updates."""
+    layout = ["parallel.actor.pipeline=2", "parallel.reference={tensor:1,pipeline:1,offload:true}"]
+    settings = ["algorithm.kl_coef=0.1", "algorithm.kl_estimator=exact", "rollout.prompts_per_step=8", "optimizer.lr=0.001"]
+    metrics, _ = two_steps(tmp_path, *task, *layout, *settings, *IN_CHUNKS, "trainer.minibatches_per_step=2", ranks=2)
+    assert all(math.isfinite(row["train/loss"]) and row["train/skipped_updates"] == 0 for row in metrics)
+    assert 0 < metrics[0]["train/kl_ref_nats"] < metrics[1]["train/kl_ref_nats"], "two updates a step: the policy leaves its start"
 
 
 def test_dr_grpo_compares_with_the_mean_and_divides_by_nothing(task, tmp_path):

@@ -44,6 +44,7 @@ def test_help_lists_every_config_group_without_loading_torch(door):
     assert seconds < 10, seconds  # 0.4 s on a quiet machine; torch alone would add seconds. The figure itself is benchmarked, not tested
 
 
+WORLD_OF_2 = {"WORLD_SIZE": "2", "RANK": "0"}
 WORLD_OF_3 = {"WORLD_SIZE": "3", "RANK": "0"}
 SINGLE_TURN = ["rollout.max_rounds=1", "task.finish_marker=null"]
 BAD_INPUT = {  # name: (overrides, environment, what the message must hold)
@@ -102,6 +103,14 @@ BAD_INPUT = {  # name: (overrides, environment, what the message must hold)
         ["trainer.token_budget=1000", "optimizer.warmup_steps=5"], {}, ["optimizer.warmup_steps is 5", "token_budget 1000"],
     ),
     "checks that wait for nobody": (["trainer.preflight.wait_s=0"], {}, ["trainer.preflight.wait_s", "0", "greater than 0"]),
+    "an exact KL to a reference in stages": (
+        ["algorithm.kl_coef=0.1", "algorithm.kl_estimator=exact", "parallel.actor.pipeline=2"], WORLD_OF_2,
+        ["kl_estimator is exact", "parallel.reference.tensor 1 and pipeline 2", "parallel.reference={tensor:1,pipeline:1}"],
+    ),
+    "an exact KL to a reference cut otherwise": (
+        ["algorithm.kl_coef=0.1", "algorithm.kl_estimator=exact", "parallel.reference={tensor:2}"], WORLD_OF_2,
+        ["kl_estimator is exact", "parallel.reference.tensor 2", "tensor 1"],
+    ),
     "k1 as a loss": (["algorithm.kl_coef=0.1", "algorithm.kl_estimator=k1"], {}, ["algorithm.kl_estimator", "k1"]),
 }  # fmt: skip
 

@@ -293,6 +293,21 @@ def test_gradients_match_finite_differences(level, mean):
     assert torch.autograd.gradcheck(loss, (logprobs_T, entropy_T))
 
 
+def test_an_exact_kl_is_weighted_as_it_is_and_keeps_its_gradient():
+    """Two trained tokens of weight 0.5, advantages 0: loss = 0.1 (0.5 * 0.2 + 0.5 * 0.6) = 0.04, gradient 0.1 * 0.5 each."""
+    ids_T, zeros_T = torch.tensor([0, 0, -1]), torch.zeros(3)
+    kl_T, ref_T = torch.tensor([0.2, 0.6, NAN], requires_grad=True), torch.full((3,), 9.0)
+    for unread in (None, ref_T):  # what a KL in the reward needs stays out of the loss
+        loss, stats = policy_loss(
+            zeros_T, zeros_T, zeros_T, zeros_T + 0.5, ids_T, ids_T, ids_T == 0, num_turns=1, level="turn", **CLIP,
+            ref_logprobs_T=unread, kl_T=kl_T, kl_coef=0.1, kl_estimator="exact",
+        )  # fmt: skip
+        assert loss.item() == pytest.approx(0.04)
+        assert PolicyLossStats.means(stats.as_dict(), level="turn")["kl_ref_nats"].item() == pytest.approx(0.4)
+    loss.backward()
+    assert kl_T.grad.tolist() == pytest.approx([0.05, 0.05, 0.0])
+
+
 @pytest.mark.parametrize("level", ["token", "turn"])
 def test_gradient_flows_to_logprobs_and_entropy_only(level):
     leaves = {name: torch.full((2,), 0.5, requires_grad=True) for name in ("logprobs", "old", "advantages", "weights", "ref", "entropy")}
@@ -337,6 +352,7 @@ def test_the_clipped_fraction_counts_turns_not_tokens():
         ({"clip_low": 1.5}, "clip_low"),
         ({"dual_clip": 1.1}, "dual_clip"),
         ({"kl_coef": 0.1}, "reference"),
+        ({"kl_coef": 0.1, "kl_estimator": "exact"}, "exact KL"),
         ({"kl_coef": 0.1, "kl_estimator": "k1", "ref_logprobs_T": torch.zeros(1)}, "k1"),
         ({"entropy_coef": 0.1}, "entropy_T"),
     ],

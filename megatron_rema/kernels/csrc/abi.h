@@ -60,13 +60,14 @@ REMA_API int rema_groups(const float* rewards, const int64_t* group_ids, int64_t
 // --- the clipped policy loss over packed traces, [tokens] ---------------------------------------------------------------
 // Of algorithm/losses.py. starts [units + 1], from 0 to tokens: where the turns (or traces) begin that share a ratio; null: every token has
 // its own. A unit's tokens are those between its start and the next whose mask is 1. arithmetic: 1 for the mean of the ratios, 0 for the
-// geometric one. dual_clip inf: none. kl_estimator: 0 none (ref_logprobs null), 1 k1, 2 k2, 3 k3. entropy may be null.
+// geometric one. dual_clip inf: none. kl_estimator: 0 none (ref_logprobs null), 1 k1, 2 k2, 3 k3, 4 exact: ref_logprobs are the KL itself.
+// entropy may be null.
 // loss [1]. sums [11]: weighted policy loss, KL and entropy; tokens, units, clipped and dual-clipped units, sum of the units' ratios; nats of
-// KL(old || new) by k3, of the KL to the reference, of entropy, summed over tokens. grad_logprobs, grad_entropy (null where entropy_coef is
-// 0): d loss, 0 where the mask is 0. scratch: rema_policy_loss_scratch(units, tokens) bytes.
+// KL(old || new) by k3, of the KL to the reference, of entropy, summed over tokens. grad_logprobs, grad_kl (null but for exact), grad_entropy
+// (null where entropy_coef is 0): d loss, 0 where the mask is 0. scratch: rema_policy_loss_scratch(units, tokens) bytes.
 REMA_API int64_t rema_policy_loss_scratch(int64_t units, int64_t tokens);
 REMA_API int rema_policy_loss(const float* logprobs, const float* old_logprobs, const float* advantages, const float* weights,
                               const float* ref_logprobs, const float* entropy, const uint8_t* mask, const int64_t* starts, int64_t units,
                               int64_t tokens, int arithmetic, double clip_low, double clip_high, double dual_clip, double log_ratio_cap,
                               int kl_estimator, double kl_coef, double entropy_coef, float* loss, double* sums, float* grad_logprobs,
-                              float* grad_entropy, void* scratch, int threads, void* stream);
+                              float* grad_kl, float* grad_entropy, void* scratch, int threads, void* stream);

@@ -292,7 +292,7 @@ REMA_HD bool is_zero(const RowGrad& g) { return g.logprob == 0.0f && g.entropy =
 
 // --- estimates of KL(policy || reference), algorithm/kl.py: x = log reference - log policy ------------------------------
 
-enum { KL_NONE, KL_K1, KL_K2, KL_K3 };
+enum { KL_NONE, KL_K1, KL_K2, KL_K3, KL_EXACT };
 constexpr float KL_CAP = 20.0f;
 
 // e^x - 1 - x; the series where e^x - 1 would lose the digits that count
@@ -317,6 +317,7 @@ REMA_HD float kl_of(int estimator, float x) {
 }
 // d kl / d log policy; of k2 and k3, the ones that are used as a loss
 REMA_HD float kl_slope(int estimator, float x) {
+  if (estimator == KL_EXACT) return 0.0f;  // it hangs on logits that the log-probability does not know
   const float k3 = x > KL_CAP ? 0.0f : -(k3_of(x) + x);
   return estimator == KL_K2 ? -x : k3;
 }
@@ -386,7 +387,7 @@ REMA_HD float total_loss(const LossRules& k, const LossSums& s) {
   return float(loss);
 }
 
-// The packed columns of a batch. What there is none of is the log-probabilities again (kl KL_NONE, entropy_coef 0), so that loads need no test.
+// The packed columns of a batch; for KL_EXACT, ref_logprobs are the KL itself. What there is none of is the log-probabilities again (kl KL_NONE, entropy_coef 0), so that loads need no test.
 struct LossTokens {
   const float *logprobs, *old_logprobs, *advantages, *weights, *ref_logprobs, *entropy;
   const uint8_t* mask;
@@ -400,7 +401,8 @@ REMA_HD LossSums loss_sums_of(const LossRules& k, const LossTokens& tokens, int6
   const float moved = log_ratio_at(tokens, t), away = tokens.ref_logprobs[t] - tokens.logprobs[t];
   const TokenLoss token = clipped_loss(k, own ? ratio : 1.0f, own ? tokens.advantages[t] : 0.0f);
   const double weight = own ? tokens.weights[t] : 0.0f, part = own ? share : 0.0f;
-  const double kl = own && k.kl != KL_NONE ? kl_of(k.kl, away) : 0.0f, entropy = own ? tokens.entropy[t] : 0.0f;
+  const float given = k.kl == KL_EXACT ? tokens.ref_logprobs[t] : 0.0f, estimate = k.kl == KL_EXACT ? given : kl_of(k.kl, away);
+  const double kl = own && k.kl != KL_NONE ? estimate : 0.0f, entropy = own ? tokens.entropy[t] : 0.0f;
   const double kl_old = own ? k3_of(moved > KL_CAP ? KL_CAP : moved) : 0.0f;
   return {weight * token.loss, weight * kl, weight * entropy, own ? 1.0 : 0.0, part, part * token.clipped, part * token.dual,
           own ? part * ratio : 0.0, kl_old, kl, entropy, weight * token.slope};

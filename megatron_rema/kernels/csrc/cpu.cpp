@@ -303,8 +303,8 @@ int64_t rema_policy_loss_scratch(int64_t units, int64_t tokens) {
 int rema_policy_loss(const float* logprobs, const float* old_logprobs, const float* advantages, const float* weights, const float* ref_logprobs,
                      const float* entropy, const uint8_t* mask, const int64_t* starts, int64_t units, int64_t tokens, int arithmetic,
                      double clip_low, double clip_high, double dual_clip, double log_ratio_cap, int kl_estimator, double kl_coef,
-                     double entropy_coef, float* loss, double* sums, float* grad_logprobs, float* grad_entropy, void* scratch, int threads,
-                     void*) {
+                     double entropy_coef, float* loss, double* sums, float* grad_logprobs, float* grad_kl, float* grad_entropy, void* scratch,
+                     int threads, void*) {
   const LossRules k = loss_rules(arithmetic, clip_low, clip_high, dual_clip, log_ratio_cap, kl_estimator, kl_coef, entropy_coef);
   const LossTokens columns = {logprobs, old_logprobs, advantages, weights, ref_logprobs ? ref_logprobs : logprobs,
                               entropy ? entropy : logprobs, mask};
@@ -315,8 +315,8 @@ int rema_policy_loss(const float* logprobs, const float* old_logprobs, const flo
     const int64_t begin = starts ? starts[i] : i * LOSS_BLOCK, end = starts ? starts[i + 1] : std::min(begin + LOSS_BLOCK, tokens);
     const LossSums part = starts ? unit_losses(k, columns, begin, end, grad_logprobs) : token_losses(k, columns, begin, end, grad_logprobs);
     store_sums(parts + i * NUM_LOSS_SUMS, part);
-    if (grad_entropy)
-      for (int64_t t = begin; t < end; ++t) grad_entropy[t] = mask[t] ? float(-k.entropy_coef * weights[t]) : 0.0f;
+    for (int64_t t = begin; t < end && grad_kl; ++t) grad_kl[t] = mask[t] ? float(k.kl_coef * weights[t]) : 0.0f;
+    for (int64_t t = begin; t < end && grad_entropy; ++t) grad_entropy[t] = mask[t] ? float(-k.entropy_coef * weights[t]) : 0.0f;
   }
   LossSums all = no_loss_sums();
   for (int64_t i = 0; i < count; ++i) all = merge(all, load_sums(parts + i * NUM_LOSS_SUMS));

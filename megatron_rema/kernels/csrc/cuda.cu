@@ -314,7 +314,7 @@ int64_t loss_blocks(int64_t tokens) { return (tokens + LOSS_BLOCK - 1) / LOSS_BL
 
 __global__ void __launch_bounds__(THREADS)
     policy_loss_kernel(LossRules k, LossTokens tokens, const int64_t* __restrict__ starts, int64_t count, float* __restrict__ grad_logprobs,
-                       float* __restrict__ grad_entropy, double* __restrict__ parts) {
+                       float* __restrict__ grad_kl, float* __restrict__ grad_entropy, double* __restrict__ parts) {
   __shared__ Unit unit;
   __shared__ double pull;
   const int64_t begin = starts ? starts[blockIdx.x] : blockIdx.x * LOSS_BLOCK;
@@ -338,6 +338,7 @@ __global__ void __launch_bounds__(THREADS)
     const LossSums own = loss_sums_of(k, tokens, t, ratio, share);
     sums = merge(sums, own);
     if (!starts) grad_logprobs[t] = loss_grad_of(k, tokens, t, own.pull * (delta > k.cap ? 0.0f : ratio));
+    if (grad_kl) grad_kl[t] = tokens.mask[t] ? float(k.kl_coef * tokens.weights[t]) : 0.0f;
     if (grad_entropy) grad_entropy[t] = tokens.mask[t] ? float(-k.entropy_coef * tokens.weights[t]) : 0.0f;
   }
   sums = merge_in_block(sums, no_loss_sums());
@@ -460,14 +461,14 @@ int64_t rema_policy_loss_scratch(int64_t units, int64_t tokens) {
 int rema_policy_loss(const float* logprobs, const float* old_logprobs, const float* advantages, const float* weights, const float* ref_logprobs,
                      const float* entropy, const uint8_t* mask, const int64_t* starts, int64_t units, int64_t tokens, int arithmetic,
                      double clip_low, double clip_high, double dual_clip, double log_ratio_cap, int kl_estimator, double kl_coef,
-                     double entropy_coef, float* loss, double* sums, float* grad_logprobs, float* grad_entropy, void* scratch, int,
-                     void* stream) {
+                     double entropy_coef, float* loss, double* sums, float* grad_logprobs, float* grad_kl, float* grad_entropy, void* scratch,
+                     int, void* stream) {
   const LossRules k = loss_rules(arithmetic, clip_low, clip_high, dual_clip, log_ratio_cap, kl_estimator, kl_coef, entropy_coef);
   const LossTokens columns = {logprobs, old_logprobs, advantages, weights, ref_logprobs ? ref_logprobs : logprobs,
                               entropy ? entropy : logprobs, mask};
   double* parts = static_cast<double*>(scratch);
   const int64_t count = tokens == 0 ? 0 : (starts ? units : loss_blocks(tokens));
-  if (count > 0) REMA_LAUNCH(policy_loss_kernel, count, THREADS, stream, k, columns, starts, tokens, grad_logprobs, grad_entropy, parts);
+  if (count > 0) REMA_LAUNCH(policy_loss_kernel, count, THREADS, stream, k, columns, starts, tokens, grad_logprobs, grad_kl, grad_entropy, parts);
   REMA_LAUNCH(merge_loss_kernel, 1, THREADS, stream, k, parts, count, loss, sums);
   return cudaGetLastError();
 }
