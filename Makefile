@@ -55,8 +55,8 @@ $(GOLDEN)/.installed: $(STAMP) requirements/golden.txt
 	$(PIP) --no-deps --target $(GOLDEN) -r requirements/golden.txt
 	touch $@
 
-gpu: $(STAMP)  ## GPU suite
-	$(BIN)/python -m pytest tests -q -m gpu
+gpu: $(STAMP)  ## on a GPU: build the kernels, test, sanitize and measure them; all of it in runs/gpu_check
+	PYTHON=$(abspath $(BIN))/python bash launch/gpu_check.sh
 
 bench: $(STAMP)  ## benchmark tables
 	for name in training_step kernels logits_memory conversion_memory; do $(BIN)/python benchmarks/$$name.py; done

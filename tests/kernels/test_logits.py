@@ -400,3 +400,27 @@ def test_a_compiled_loss_is_one_graph_with_the_same_gradient(on_cpu):
         function(leaf_TV).backward()
         grads.append(leaf_TV.grad)
     assert torch.equal(*grads)
+
+
+def test_rows_behind_the_2_to_the_31st_element_are_computed_and_written_where_they_lie(on_cpu):
+    """4.3 GB of bfloat16 logits: an offset of 32 bits would read and write other rows. The gradient is written over them."""
+    width, tokens = 32768, 65536 + 64
+    with open("/proc/meminfo") as lines:
+        free_gib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**20
+    if free_gib < 8:
+        pytest.skip(f"needs 8 GiB of free memory, here are {free_gib:.1f}")
+    last_V = torch.randn(width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits_TV = torch.zeros(tokens, width, dtype=torch.bfloat16)
+    logits_TV[-1] = last_V
+    assert logits_TV[:-1].numel() > 2**31
+    labels_T = torch.full((tokens,), 7)
+    alone_V = last_V[None].clone().requires_grad_()
+    alone = vocab_parallel_statistics(alone_V, labels_T[:1], None, with_entropy=True, vocab_size=width)
+    logits_TV.requires_grad_()
+    values = vocab_parallel_statistics(logits_TV, labels_T, None, with_entropy=True, vocab_size=width, overwrite_logits=True)
+    for value_T, value_1 in zip(values[:2], alone[:2], strict=True):
+        assert value_T[-1] == value_1[0] and (value_T[1:-1] == value_T[0]).all() and value_T[0] != value_T[-1]
+    values[0][-1].backward()
+    alone[0][0].backward()
+    assert torch.equal(logits_TV.grad[-1], alone_V.grad[0])
+    assert not logits_TV.grad[:256].any() and not logits_TV.grad[-256:-1].any()  # where an offset that lost its upper bits would lead
