@@ -13,7 +13,8 @@ import multiprocessing
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
+
+from measure import forget_peak, peak_mib
 
 VOCABULARY, HIDDEN = 151_936, 256
 MIB = 1 << 20
@@ -62,7 +63,7 @@ def measure(tokens: int, chunk_tokens: int, exact: bool) -> tuple[float, float, 
             loss_mask=torch.ones(number, dtype=torch.bool),
             turn_ids=torch.zeros(number, dtype=torch.int64),
             trace_ids=torch.zeros(number, dtype=torch.int64),
-            num_turns=1,
+            cu_turns=torch.tensor([0, number]),
         )
 
     with process_group():
@@ -81,15 +82,9 @@ def measure(tokens: int, chunk_tokens: int, exact: bool) -> tuple[float, float, 
             return float(model.forward_backward([packed(number)], loss)[0]["loss"])
 
         step(64)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-        before, start = status_mib("VmRSS"), time.process_time()
+        before, start = forget_peak(), time.process_time()
         value = step(tokens)
-        return status_mib("VmHWM") - before, time.process_time() - start, value
-
-
-def status_mib(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+        return peak_mib() - before, time.process_time() - start, value
 
 
 def table(tokens: int, chunks: Sequence[int]) -> None:

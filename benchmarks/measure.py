@@ -127,10 +127,20 @@ def _peak_mib(method: Method, device: torch.device) -> float:
         before = torch.cuda.memory_allocated(device)
         method.run(prepared)
         return (torch.cuda.max_memory_allocated(device) - before) / MIB
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = _status_mib("VmRSS")
+    before = forget_peak()
     method.run(prepared)
-    return _status_mib("VmHWM") - before
+    return peak_mib() - before
+
+
+def forget_peak() -> float:
+    """MiB that this process holds; its peak counts from here."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status_mib("VmRSS")
+
+
+def peak_mib() -> float:
+    """The most that this process has held since `forget_peak`."""
+    return _status_mib("VmHWM")
 
 
 def _status_mib(field: str) -> float:

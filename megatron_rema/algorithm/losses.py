@@ -219,7 +219,7 @@ def check_options(
     ref_logprobs_T: Tensor | None,
     kl_T: Tensor | None,
     kl_coef: float,
-    kl_estimator: str,
+    kl_estimator: KLTerm,
     entropy_T: Tensor | None,
     entropy_coef: float,
 ) -> None:

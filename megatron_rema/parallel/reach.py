@@ -22,8 +22,6 @@ import psutil
 import torch.distributed as dist
 
 PAYLOAD_BYTES = 16 * 1024  # above any packet size: a network that drops large packets alone is found too
-
-
 RETRY_S = 0.05
 
 
