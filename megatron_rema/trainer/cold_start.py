@@ -23,10 +23,12 @@ from megatron_rema.trainer.cast import (
     process_group,
     trained,
 )
+from megatron_rema.trainer.diagnosis import find_non_finite, tell_skipped
 from megatron_rema.trainer.experience import pack_for_rank
 from megatron_rema.trainer.inputs import Inputs
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
+from megatron_rema.trainer.scoring import label_logprobs
 from megatron_rema.trainer.supervised import fit
 from megatron_rema.types import Batch, Trace
 
@@ -53,12 +55,17 @@ def train(config: RunConfig, inputs: Inputs) -> None:
 
         learners = trained(policies)  # a frozen partner stays as it is
 
-        def step(chosen: list[list[Trace]]) -> dict[str, float]:
+        def step(number: int, chosen: list[list[Trace]]) -> dict[str, float]:
             metrics: dict[str, float] = {}
             for policy in learners.values():
                 prefix = f"train/{policy.name}/" if len(policies) > 1 else "train/"
                 traces = [trace for dialogue in chosen for trace in dialogue if trace.role in policy.roles]
-                metrics |= {prefix + name: value for name, value in _update(policy, traces, config).items()}
+                own = _update(policy, traces, config)
+                if own["skipped_updates"]:
+                    logprobs = label_logprobs(policy.model, traces, temperature=1.0, microbatch_tokens=config.trainer.microbatch_tokens)
+                    found = find_non_finite(traces, {"logprobs": logprobs})
+                    tell_skipped(found, step=number, model=f"policy {policy.name}", folder=folder, reporter=reporter)
+                metrics |= {prefix + name: value for name, value in own.items()}
             return metrics
 
         fit(config, "cold start", dialogues, learners=learners, update=step, folder=folder, reporter=reporter)

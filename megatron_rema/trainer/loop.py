@@ -52,6 +52,7 @@ from megatron_rema.trainer.credit import (
     penalise_overlong,
     share_plan_rewards,
 )
+from megatron_rema.trainer.diagnosis import find_non_finite, tell_skipped
 from megatron_rema.trainer.evaluation import evaluate_sets, show
 from megatron_rema.trainer.experience import is_trainable, pack_for_rank
 from megatron_rema.trainer.inputs import Inputs
@@ -347,6 +348,9 @@ def update(study: Study, policy: Policy, traces: Sequence[Trace], columns: dict[
         metrics |= update_critic(
             policy.critic.model, policy.critic.optimizer, batches, value_clip=config.critic.value_clip, schedule_position=at
         )
+        if metrics["critic/skipped_updates"]:
+            values = scalars(policy.critic.model, traces, microbatch_tokens=config.trainer.microbatch_tokens)
+            explain_skipped(study, f"the critic of policy {policy.name}", traces, {"values": values} | columns)
     if policy.critic is None or study.position.step >= config.critic.warmup_steps:
         batches = pack_for_rank(traces, aggregation=config.algorithm.aggregation, groups=policy.model.groups, **shape)
         metrics |= update_policy(
@@ -358,7 +362,17 @@ def update(study: Study, policy: Policy, traces: Sequence[Trace], columns: dict[
             reference=policy.reference if config.algorithm.kl_estimator == "exact" else None,
             schedule_position=at,
         )
+        if metrics["train/skipped_updates"]:
+            logprobs = label_logprobs(
+                policy.model, traces, temperature=config.rollout.temperature, microbatch_tokens=config.trainer.microbatch_tokens
+            )
+            explain_skipped(study, f"policy {policy.name}", traces, {"logprobs": logprobs} | columns)
     return metrics
+
+
+def explain_skipped(study: Study, model: str, traces: Sequence[Trace], columns: Mapping[str, Sequence[Tensor]]) -> None:
+    found = find_non_finite(traces, columns)
+    tell_skipped(found, step=study.position.step + 1, model=model, folder=study.folder, reporter=study.reporter)
 
 
 def minibatches(episodes: Sequence[Episode], count: int) -> list[list[Episode]]:

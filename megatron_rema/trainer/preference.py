@@ -24,6 +24,7 @@ from megatron_rema.parallel.pipeline import reduce_stats
 from megatron_rema.rollout.dataset import WrittenPair
 from megatron_rema.rollout.traces import traces_of_dialogue
 from megatron_rema.trainer.cast import Critic, Layouts, adam, build_model, chat_formats, dialogue_rules, process_group
+from megatron_rema.trainer.diagnosis import find_non_finite, tell_skipped
 from megatron_rema.trainer.experience import pack, to_device
 from megatron_rema.trainer.inputs import Inputs
 from megatron_rema.trainer.progress import Reporter
@@ -67,13 +68,16 @@ def train(config: RunConfig, inputs: Inputs) -> None:
     """The ``train_reward_model`` front door: a scalar-head model on model.path's trunk, at parallel.reward_model."""
     chat, rules, settings = chat_formats(config), dialogue_rules(config), config.reward_model
 
-    def view(pair: WrittenPair, turns: Sequence[tuple[Role, str]]) -> Trace:
-        traces = traces_of_dialogue(chat, rules, pair.question, turns, fields=pair.fields)
+    def view(pair: WrittenPair, turns: Sequence[tuple[Role, str]], episode_id: str) -> Trace:
+        traces = traces_of_dialogue(chat, rules, pair.question, turns, fields=pair.fields, episode_id=episode_id)
         return scoring_view(next(trace for trace in traces if trace.role is Role.REASONING))
 
     def views(written: Sequence[WrittenPair]) -> list[Pair]:
         margin = 1.0 if settings.margin else 0.0
-        return [Pair(i, view(pair, pair.chosen), view(pair, pair.rejected), margin * pair.margin) for i, pair in enumerate(written)]
+        return [
+            Pair(i, view(pair, pair.chosen, f"{i}/chosen"), view(pair, pair.rejected, f"{i}/rejected"), margin * pair.margin)
+            for i, pair in enumerate(written)
+        ]
 
     pairs, heldout = views(inputs.pairs), views(inputs.heldout_pairs)
     (arch,) = inputs.architectures.values()
@@ -87,12 +91,21 @@ def train(config: RunConfig, inputs: Inputs) -> None:
             config, arch, config.model.path, layout, Layouts(), trainable=True, random=config.model.init == "random", fresh_head=True
         )
         learner = Critic(model, adam(config, model, lr=config.optimizer.lr, total_steps=max(config.trainer.steps, 1)))
+
+        def step(number: int, chosen: list[Pair]) -> dict[str, float]:
+            metrics = _update(learner, chosen, settings=settings, seed=config.seed, microbatch_tokens=tokens)
+            if metrics["train/skipped_updates"]:
+                both = [trace for pair in chosen for trace in (pair.chosen, pair.rejected)]
+                found = find_non_finite(both, {"scores": scalars(model, both, microbatch_tokens=tokens)})
+                tell_skipped(found, step=number, model="the reward model", folder=folder, reporter=reporter)
+            return metrics
+
         fit(
             config,
             "reward model",
             pairs,
             learners={"reward_model": learner},
-            update=lambda chosen: _update(learner, chosen, settings=settings, seed=config.seed, microbatch_tokens=tokens),
+            update=step,
             folder=folder,
             reporter=reporter,
         )
@@ -153,4 +166,9 @@ def _update(learner: Critic, pairs: Sequence[Pair], *, settings: RewardModelConf
     stats = reduce_stats(learner.model.forward_backward(batches, loss), groups)
     result = learner.optimizer.step()
     means = {f"train/{name}": value for name, value in PreferenceStats.means(stats).items()}
-    return {**means, "train/grad_norm": result.grad_norm, "train/lr": result.lr}
+    return {
+        **means,
+        "train/grad_norm": result.grad_norm,
+        "train/skipped_updates": float(result.skipped),
+        "train/lr": result.lr,
+    }

@@ -23,11 +23,12 @@ def fit(
     examples: Sequence[Example],
     *,
     learners: Mapping[str, Policy | Critic],
-    update: Callable[[list[Example]], dict[str, float]],
+    update: Callable[[int, list[Example]], dict[str, float]],
     folder: RunFolder,
     reporter: Reporter,
 ) -> None:
-    """``trainer.steps`` calls of ``update`` with ``trainer.global_batch_dialogues`` examples each, from the latest checkpoint on."""
+    """``trainer.steps`` calls of ``update``, with the step's number (from 1) and ``trainer.global_batch_dialogues`` examples, from
+    the latest checkpoint on."""
     trainer = config.trainer
     position = state.restore(config, learners, folder)
     folder.write_config(as_mapping(config))
@@ -39,7 +40,7 @@ def fit(
         while position.step < trainer.steps:
             begin = time.perf_counter()
             chosen = draw(examples, trainer.global_batch_dialogues, position.prompts_taken, config.seed)
-            metrics = update(chosen)
+            metrics = update(position.step + 1, chosen)
             position.step += 1
             position.prompts_taken += len(chosen)
             seconds = time.perf_counter() - begin
