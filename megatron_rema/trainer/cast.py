@@ -22,11 +22,11 @@ from megatron_rema.models.policy import ParallelModel, build_policy
 from megatron_rema.parallel import platform
 from megatron_rema.parallel.exchange import gather
 from megatron_rema.parallel.groups import Groups, build_groups
-from megatron_rema.parallel.reach import meet
+from megatron_rema.parallel.reach import is_first, meet
 from megatron_rema.rollout.chat import ChatFormat
 from megatron_rema.rollout.counterfactual import Counterfactuals
 from megatron_rema.rollout.dialogue import DialogueRules
-from megatron_rema.trainer import preflight
+from megatron_rema.trainer import faults, preflight
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.types import Engine, Role
 
@@ -73,6 +73,9 @@ def process_group(config: RunConfig | None = None) -> Iterator[None]:
         if checked:
             preflight.check_collective(store, config, say)
         yield
+    except Exception as error:
+        faults.tell_rank(error, rank, is_first=is_first(store, "error", wait_s=5.0))
+        raise
     finally:
         dist.destroy_process_group()
 

@@ -55,6 +55,7 @@ from megatron_rema.trainer.credit import (
 from megatron_rema.trainer.diagnosis import find_non_finite, tell_skipped
 from megatron_rema.trainer.evaluation import evaluate_sets, show
 from megatron_rema.trainer.experience import is_trainable, pack_for_rank
+from megatron_rema.trainer.faults import SkippedUpdates
 from megatron_rema.trainer.inputs import Inputs
 from megatron_rema.trainer.preference import episode_scores
 from megatron_rema.trainer.progress import Reporter
@@ -93,6 +94,7 @@ class Study:
     checkpoints: state.Checkpoints
     reporter: Reporter
     position: state.Position
+    skipped: SkippedUpdates
     steps_unclipped: int = 0  # in a row, since the start or the last resume
 
 
@@ -136,6 +138,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
                 checkpoints=state.checkpoints_of(config, folder),
                 reporter=reporter,
                 position=position,
+                skipped=SkippedUpdates(config.trainer.max_skipped_updates),
             )
             run(study)
         for engine in engines.values():
@@ -312,8 +315,10 @@ def train_policy(study: Study, policy: Policy, episodes: Sequence[Episode]) -> d
             first += len(part)
             if part:
                 results.append(update(study, policy, part, own))
+                study.skipped.count(results[-1], step=study.position.step + 1, owner=f"policy {policy.name}")
             reporter.advance(len(results))
     merged = {name: sum(row[name] for row in results) / len(results) for name in results[0]}
+    merged |= {name: float(sum(row[name] for row in results)) for name in merged if name.endswith("/skipped_updates")}
     if "sync/logprob_gap_max" in merged:
         merged["sync/logprob_gap_max"] = max(row["sync/logprob_gap_max"] for row in results)
     merged["train/dropped_traces"] = float(sum(map(len, parts)) - len(traces))

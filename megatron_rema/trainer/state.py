@@ -39,6 +39,7 @@ from megatron_rema.models.policy import ParallelModel
 from megatron_rema.parallel import platform
 from megatron_rema.parallel.exchange import gather
 from megatron_rema.trainer import manifest
+from megatron_rema.trainer.faults import RunFault
 from megatron_rema.trainer.manifest import Seal
 from megatron_rema.trainer.run_folder import RunFolder
 
@@ -124,7 +125,10 @@ class Checkpoints:
         outcomes = gather(repr(failure) if failure else pending.written.result())
         failures = [f"rank {rank}: {outcome}" for rank, outcome in enumerate(outcomes) if isinstance(outcome, str)]
         if failures:
-            raise RuntimeError(f"checkpoint {pending.target} could not be written: {'; '.join(failures)}. Earlier checkpoints are whole.")
+            raise RunFault(
+                f"checkpoint {pending.target} could not be written: {'; '.join(failures)}. Earlier checkpoints are whole: remove the cause, "
+                "then continue from the latest with resume=true."
+            )
         for request in pending.requests:
             for finish in request.finalize_fns:
                 finish()

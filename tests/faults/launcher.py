@@ -92,9 +92,7 @@ class Job:
                 _life({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, door, overrides, self._logs[rank], rank, arm)
             self.pids.append(pid)
         # after the fork: the store works in a thread
-        self._store = dist.TCPStore(
-            "127.0.0.1", port, world, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-        )
+        self._store = dist.TCPStore("127.0.0.1", port, world, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
     def wait(self, limit_s: float, *, until: Callable[[], bool] | None = None) -> Ended | None:
         """The end of the job; with ``until``, None as soon as that holds."""
