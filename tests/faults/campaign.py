@@ -223,7 +223,7 @@ def checkpoint_is_damaged(campaign: Campaign, case: Case, record: Record) -> Non
     damage, newest = case.options["damage"], folder / "checkpoints" / f"step_{STEPS:06d}"
     before = newest.with_name(f"step_{STEPS - 1:06d}")
     files = sorted(path for path in newest.rglob("*") if path.is_file() and path.name != "manifest.json")
-    file = files[case.number // 8 % len(files)]
+    file = files[case.number // 7 % len(files)]
     if damage == "flipped byte":
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
@@ -243,9 +243,7 @@ def checkpoint_is_damaged(campaign: Campaign, case: Case, record: Record) -> Non
         (newest.parent / "latest").write_text(before.name)
     elif damage == "torn pointer":
         (newest.parent / "latest").write_bytes(b"step_0\0\0\0")
-    elif damage == "no pointer":
-        (newest.parent / "latest").unlink()
-    if damage in ("leftover partial", "torn pointer", "no pointer"):
+    if damage in ("leftover partial", "torn pointer"):
         campaign.continued(case, record, folder, expected)
         return
     ended = campaign.ended(record, campaign.start(case.layout, folder, "refused", "resume=true").wait(LIMIT_S))

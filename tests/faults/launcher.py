@@ -32,7 +32,6 @@ class Ended:
     codes: list[int | None]  # exit code of each rank; minus the signal's number; None: ended by the launcher
     seconds: float  # of the whole job
     hung: list[int]  # ranks that were still there at the limit
-    first_exit_s: float  # from the start until the first rank was gone
     struck_s: float | None = None  # from the start until the fault struck
     outputs: list[str] = field(default_factory=list)
 
@@ -84,7 +83,10 @@ class Job:
             MARK: str(logs),
             **(environment or {}),
         }
-        self.pids = []
+        self.pids: list[int] = []
+        self._codes: dict[int, int | None] = {}
+        self._told: float | None = None  # when the others were asked to end
+        self._hung: list[int] = []
         for rank in range(world):
             pid = os.fork()
             if pid == 0:
@@ -96,11 +98,8 @@ class Job:
 
     def wait(self, limit_s: float, *, until: Callable[[], bool] | None = None) -> Ended | None:
         """The end of the job; with ``until``, None as soon as that holds."""
-        codes: dict[int, int | None] = {}
-        told: float | None = None  # when the others were asked to end
-        first_exit = None
-        hung: list[int] = []
-        while len(codes) < len(self.pids):
+        codes, world = self._codes, len(self.pids)
+        while len(codes) < world:
             if until is not None and until():
                 return None
             for rank, pid in enumerate(self.pids):
@@ -108,23 +107,22 @@ class Job:
                     done, status = os.waitpid(pid, os.WNOHANG)
                     if done:
                         code = os.waitstatus_to_exitcode(status)
-                        codes[rank] = None if told is not None and code in (-signal.SIGTERM, -signal.SIGKILL) else code
-                        first_exit = first_exit or time.monotonic()
+                        codes[rank] = None if self._told is not None and code in (-signal.SIGTERM, -signal.SIGKILL) else code
             now = time.monotonic()
-            left = [rank for rank in range(len(self.pids)) if rank not in codes]
-            if told is None and self._supervised and any(code != 0 for code in codes.values()):
-                told = now
+            left = [rank for rank in range(world) if rank not in codes]
+            if self._told is None and self._supervised and any(code != 0 for code in codes.values()):
+                self._told = now
                 self.signal(signal.SIGTERM, left)
-            elif told is not None and now - told > GRACE_S:
+            elif self._told is not None and now - self._told > GRACE_S:
                 self.signal(signal.SIGKILL, left)
-            if now - self.began > limit_s and left and not hung:
-                hung, told = left, now - GRACE_S
+            if now - self.began > limit_s and left and not self._hung:
+                self._hung, self._told = left, now - GRACE_S
             time.sleep(0.01)
         seconds = time.monotonic() - self.began
         del self._store
         struck_s = float(self.struck.read_text()) - self.began if self.struck.exists() else None
         outputs = [log.read_text(errors="replace") for log in self._logs]
-        return Ended([codes[r] for r in range(len(self.pids))], seconds, hung, first_exit - self.began, struck_s, outputs)
+        return Ended([codes[rank] for rank in range(world)], seconds, self._hung, struck_s, outputs)
 
     def signal(self, number: int, ranks: Sequence[int]) -> None:
         for rank in ranks:
