@@ -265,30 +265,16 @@ def data_is_damaged(campaign: Campaign, case: Case, record: Record) -> None:
     shutil.copy(good, file)
     content = good.read_bytes()
     lines = content.splitlines(keepends=True)
-    given = f"task.train_file={file}"
+    given, struck = f"task.train_file={file}", campaign.work / "now" / "fault" / "struck"
     if damage == "while it runs":
-        point = Point("generate", 2, 0)
-        job = campaign.start(
-            case.layout,
-            folder,
-            "fault",
-            given,
-            arm=lambda rank: injection.install(
-                point, rank, lambda: file.write_bytes(content[:100]), campaign.work / "now" / "fault" / "struck"
-            ),
-        )
-        ended = campaign.ended(record, job.wait(LIMIT_S))
+        arm = lambda rank: injection.install(Point("generate", 2, 0), rank, lambda: file.write_bytes(content[:100]), struck)  # noqa: E731
+        ended = campaign.ended(record, campaign.start(case.layout, folder, "fault", given, arm=arm).wait(LIMIT_S))
         assert ended.codes == [0, 0], ended.output[-1500:]
         campaign.compare(record, folder, expected)
         record.outcome = "survived, bitwise"
         return
-    killed = campaign.start(
-        case.layout,
-        folder,
-        "fault",
-        given,
-        arm=lambda rank: injection.install(Point("generate", 3, 1), rank, injection.kill, campaign.work / "now" / "fault" / "struck"),
-    ).wait(LIMIT_S)
+    arm = lambda rank: injection.install(Point("generate", 3, 1), rank, injection.kill, struck)  # noqa: E731
+    killed = campaign.start(case.layout, folder, "fault", given, arm=arm).wait(LIMIT_S)
     assert killed.code != 0
     file.write_bytes(content[:-20] if damage == "torn row" else b"".join(lines[: len(lines) // 2]))
     ended = campaign.ended(record, campaign.start(case.layout, folder, "refused", given, "resume=true").wait(LIMIT_S))
@@ -327,10 +313,8 @@ def gradients_for_good(campaign: Campaign, case: Case, record: Record) -> None:
     folder = campaign.work / "now" / "run"
     struck = campaign.work / "now" / "fault" / "struck"
     poison = Poison(tuple(range(2, STEPS + 1)), float(case.options["value"]), struck)
-    limit = "trainer.max_skipped_updates=2" if case.layout.startswith(("sft", "PPO")) else "trainer.max_skipped_updates=3"
-    ended = campaign.ended(
-        record, campaign.start(case.layout, folder, "fault", limit, arm=partial(poison.install, victim=case.point.rank)).wait(LIMIT_S)
-    )
+    arm = partial(poison.install, victim=case.point.rank)
+    ended = campaign.ended(record, campaign.start(case.layout, folder, "fault", "trainer.max_skipped_updates=3", arm=arm).wait(LIMIT_S))
     assert ended.code == 1, f"exit codes {ended.codes}"
     told(record, "not finite", "in a row", "trainer.max_skipped_updates", "resume=true")
     good = folder / "checkpoints" / "step_000001"
@@ -364,7 +348,7 @@ def verifier_fails(campaign: Campaign, case: Case, record: Record) -> None:
     record.detected_s = None
     found, whole = rows(folder / "metrics.jsonl"), rows(expected / "metrics.jsonl")
     step = case.point.step
-    same = [name for name in results(folder, STEPS)["metrics"][: step - 1]] == results(expected, STEPS)["metrics"][: step - 1]
+    same = results(folder, STEPS)["metrics"][: step - 1] == results(expected, STEPS)["metrics"][: step - 1]
     if not same or [row["step"] for row in found] != [row["step"] for row in whole]:
         record.wrong.append("steps before the fault differ, or steps are missing")
     ours, theirs = (rows(f / "episodes" / f"step_{step:06d}.jsonl") for f in (folder, expected))
@@ -409,9 +393,9 @@ def main() -> None:
     log = options.work / "cases.jsonl"
     done = {row["number"] for row in rows(log)} if not options.only else set()
     campaign = Campaign(options.work.resolve())
-    chosen = [
-        case for case in all_cases()[: options.cases] if case.number not in done and (not options.only or case.number in options.only)
-    ]
+    chosen = [case for case in all_cases()[: options.cases] if case.number not in done]
+    if options.only:
+        chosen = [case for case in chosen if case.number in options.only]
     for case in chosen:
         began = time.monotonic()
         record = campaign.run(case)
