@@ -126,8 +126,8 @@ class Checkpoints:
         failures = [f"rank {rank}: {outcome}" for rank, outcome in enumerate(outcomes) if isinstance(outcome, str)]
         if failures:
             raise RunFault(
-                f"checkpoint {pending.target} could not be written: {'; '.join(failures)}. Earlier checkpoints are whole: remove the cause, "
-                "then continue from the latest with resume=true."
+                f"checkpoint {pending.target} could not be written: {'; '.join(failures)}. Earlier checkpoints are whole: remove the "
+                "cause, then continue from the latest with resume=true."
             )
         for request in pending.requests:
             for finish in request.finalize_fns:

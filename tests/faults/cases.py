@@ -49,16 +49,7 @@ _ONLY_RL = {"engines", "generate", "verify", "score", "sync", "episodes", "evalu
 _BEFORE_STEPS = ("preflight", "build", "restore", "engines")
 _IN_STEPS = ("generate", "verify", "score", "update", "optimizer", "sync", "episodes", "metrics", "checkpoint")
 _WRITING = ("restore", "episodes", "metrics", "evaluation", "disk", "export", "report")
-DAMAGES = (
-    "flipped byte",
-    "truncated",
-    "missing file",
-    "missing manifest",
-    "damaged manifest",
-    "leftover partial",
-    "torn pointer",
-    "no pointer",
-)
+DAMAGES = ("flipped byte", "truncated", "missing file", "missing manifest", "damaged manifest", "leftover partial", "torn pointer")
 
 COUNTS = {  # fault -> cases of the full campaign
     "SIGKILL in a phase": 62,
@@ -135,9 +126,11 @@ def draw(number: int, fault: str) -> Case:
     else:
         place = rng.choice([*_BEFORE_STEPS, *_IN_STEPS, *_IN_STEPS, "evaluate", "export", "report"])
     if place in _ONLY_RL or fault in ("verifier process", "damaged data file"):
-        layout = rng.choice([name for name in _RL_LAYOUTS if place != "score" or name != "none"])
-    if place in ("episodes", "metrics", "evaluation", "report", "restore") and fault in ("full disk", "read-only folder"):
+        layout = rng.choice(_RL_LAYOUTS)
+    if place in ("episodes", "report") or fault in ("full disk", "read-only folder"):
         rank = 0  # the one that writes
+    if place == "disk" and "DP2" in layout:
+        rank = 0  # of replicas only the first writes
     if fault.startswith("non-finite") and "PP2" in layout:
         rank = 1  # the loss lives on the last stage
     step = {
@@ -148,15 +141,10 @@ def draw(number: int, fault: str) -> Case:
         **dict.fromkeys(_BEFORE_STEPS, 0),
         **dict.fromkeys(("start", "any"), 0),
     }.get(place, rng.randint(2, STEPS) if fault.startswith(("non-finite", "verifier")) else rng.randint(1, STEPS))
-    calls = {"generate": 12, "disk": 40 if rank == 0 else 6, "update": 2, "optimizer": 2}.get(place, 1)
+    calls = {"generate": 12, "disk": 18 if rank == 0 else 1, "update": 2, "optimizer": 2}.get(place, 1)
     if fault in ("full disk", "read-only folder") and place == "disk":
         calls = 4
     if fault.startswith("verifier"):
         calls = 1
-    return Case(
-        number,
-        fault,
-        layout,
-        Point(place, step, rank, rng.randint(1, calls), after=place not in ("disk", "start", "any") and rng.random() < 0.4),
-        options,
-    )
+    after = place not in ("disk", "start", "any") and rng.random() < 0.4
+    return Case(number, fault, layout, Point(place, step, rank, rng.randint(1, calls), after), options)

@@ -27,7 +27,6 @@ class Now:
     """Where this rank stands."""
 
     step: int = 0  # the one at work, or the last one done
-    saving: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,11 +102,11 @@ def install(point: Point, rank: int, action: Callable[[], None], struck: Path) -
             struck.write_text(str(time.monotonic()))
             action()
 
-    if point.place == "disk":  # a change of the file system while a checkpoint is saved
+    if point.place == "disk":  # a change of the file system where checkpoints are
 
         def look(event: str, arguments: tuple) -> None:
             writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-            if now.saving and not done and (event in WRITES or writes) and "struck" not in str(arguments[0]):
+            if not done and (event in WRITES or writes) and "/checkpoints" in str(arguments[0]):
                 arrive()
 
         sys.addaudithook(look)
@@ -118,7 +117,7 @@ def install(point: Point, rank: int, action: Callable[[], None], struck: Path) -
 
 def follow() -> Now:
     """Keeps track of the step at work: RL's by its own function, a supervised one's by the draw of its examples."""
-    from megatron_rema.trainer import loop, state, supervised
+    from megatron_rema.trainer import loop, supervised
 
     now = Now()
 
@@ -133,17 +132,6 @@ def follow() -> Now:
         return draw(examples, count, taken, seed)
 
     supervised.draw = drawn
-    for name in ("save", "finish_pending"):
-        inner = getattr(state.Checkpoints, name)
-
-        def saving(*args: Any, inner: Callable = inner, **kwargs: Any) -> Any:
-            outer, now.saving = now.saving, True
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                now.saving = outer
-
-        setattr(state.Checkpoints, name, saving)
     return now
 
 
@@ -267,7 +255,7 @@ class Poison:
 
 
 def bewitch_verifiers(what: str) -> None:
-    """The verifier processes of this rank are replaced; the new ones do ``what`` with their first answer, and judge rightly from then on."""
+    """This rank's verifier processes are replaced; the first new one does ``what`` with its first answer, all others judge rightly."""
     from megatron_rema.reward import math_verifier
 
     signal_verifiers(signal.SIGKILL)
