@@ -56,7 +56,7 @@ from megatron_rema.trainer.diagnosis import find_non_finite, tell_skipped
 from megatron_rema.trainer.evaluation import evaluate_sets, show
 from megatron_rema.trainer.experience import is_trainable, pack_for_rank
 from megatron_rema.trainer.faults import SkippedUpdates
-from megatron_rema.trainer.inputs import Inputs
+from megatron_rema.trainer.inputs import Inputs, Source
 from megatron_rema.trainer.preference import episode_scores
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
@@ -115,7 +115,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
         if inputs.reward_model is not None:
             layout = config.parallel.layout("reward_model")
             reward_model = build_model(config, inputs.reward_model, config.reward.model_path, layout, layouts, trainable=False)
-        position = state.restore(config, trained(policies), folder)
+        position = state.restore(config, trained(policies), folder, Source.of("task.train_file", config.task.train_file, inputs.prompts))
         rest(policies, reward_model)
         if position.step:
             reporter.say(f"resumed at step {position.step}")

@@ -26,7 +26,7 @@ from megatron_rema.rollout.traces import traces_of_dialogue
 from megatron_rema.trainer.cast import Critic, Layouts, adam, build_model, chat_formats, dialogue_rules, process_group
 from megatron_rema.trainer.diagnosis import find_non_finite, tell_skipped
 from megatron_rema.trainer.experience import pack, to_device
-from megatron_rema.trainer.inputs import Inputs
+from megatron_rema.trainer.inputs import Inputs, Source
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
 from megatron_rema.trainer.scoring import scalars
@@ -104,6 +104,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
             config,
             "reward model",
             pairs,
+            source=Source.of("task.preference_file", config.task.preference_file, inputs.pairs),
             learners={"reward_model": learner},
             update=step,
             folder=folder,

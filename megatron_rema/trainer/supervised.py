@@ -12,6 +12,7 @@ from megatron_rema.config import RunConfig, as_mapping
 from megatron_rema.trainer import state
 from megatron_rema.trainer.cast import Critic, Policy
 from megatron_rema.trainer.faults import SkippedUpdates
+from megatron_rema.trainer.inputs import Source
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
 
@@ -23,6 +24,7 @@ def fit(
     title: str,
     examples: Sequence[Example],
     *,
+    source: Source,
     learners: Mapping[str, Policy | Critic],
     update: Callable[[int, list[Example]], dict[str, float]],
     folder: RunFolder,
@@ -31,7 +33,7 @@ def fit(
     """``trainer.steps`` calls of ``update``, with the step's number (from 1) and ``trainer.global_batch_dialogues`` examples, from
     the latest checkpoint on."""
     trainer = config.trainer
-    position = state.restore(config, learners, folder)
+    position = state.restore(config, learners, folder, source)
     folder.write_config(as_mapping(config))
     reporter.say(f"{title}: {len(examples)} examples, {trainer.steps} steps of {trainer.global_batch_dialogues}")
     checkpoints, skipped = state.checkpoints_of(config, folder), SkippedUpdates(trainer.max_skipped_updates)
