@@ -20,16 +20,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-import tqdm
-
 import megatron_rema.sft
 import megatron_rema.train
 from megatron_rema.trainer import state
 from tests.faults import injection
 from tests.faults.cases import LAYOUTS, SHARED, STEPS, Case, all_cases
 from tests.faults.injection import Disk, Point, Poison
-from tests.faults.launcher import Ended, Job, leftovers
+from tests.faults.launcher import Ended, Job, leftovers, preload
 from tests.faults.oracle import damaged_checkpoints, differences, leavings, results, rows
 from tests.tiny_task import save_tiny_task
 
@@ -57,17 +54,17 @@ class Campaign:
     """The tiny task, the uninterrupted runs, and a folder for the cases."""
 
     def __init__(self, work: Path) -> None:
-        tqdm.tqdm.monitor_interval = 0  # it would be a thread, and forks want none
-        torch.set_num_threads(1)
         self.work = work
         task = work / "task"
         if not (task / "done").exists():
             shutil.rmtree(task, ignore_errors=True)
             overrides = save_tiny_task(task)
+            preload(task / "model")
             learn = ["trainer.steps=40", "trainer.global_batch_dialogues=36", "optimizer.lr=0.002"]
             ended = Job(megatron_rema.sft, [*overrides, f"run_dir={task}/sft", *learn], logs=task / "logs", world=1).wait(LIMIT_S)
             assert ended.code == 0, ended.output
             (task / "done").write_text(json.dumps(overrides))
+        preload(task / "model")
         given = json.loads((task / "done").read_text())
         self.task = [o for o in given if not o.startswith("model.path=")] + [f"model.path={task}/sft/hf/shared", *SHARED]
 

@@ -7,6 +7,7 @@ others alone: they are then what ranks of another node are to a node that lost i
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -20,8 +21,10 @@ from pathlib import Path
 from types import ModuleType
 
 import psutil
+import tqdm
 
 GRACE_S = 5.0  # between SIGTERM and SIGKILL
+tqdm.tqdm.monitor_interval = 0  # it would be a thread, and forks want none
 MARK = "MEGATRON_REMA_FAULT_CASE"  # in the environment of whatever the ranks start
 
 
@@ -127,6 +130,25 @@ class Job:
     def signal(self, number: int, ranks: Sequence[int]) -> None:
         for rank in ranks:
             os.kill(self.pids[rank], number)
+
+
+def preload(model: Path) -> None:
+    """Import once what every rank would import anew: megatron-core, transformers (lazily, as it is used), matplotlib."""
+    import torch
+    from matplotlib.backends import backend_agg
+    from matplotlib.figure import Figure
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import megatron_rema.trainer.cold_start
+    import megatron_rema.trainer.loop
+
+    torch.set_num_threads(1)
+    AutoTokenizer.from_pretrained(model)
+    AutoModelForCausalLM.from_pretrained(model)
+    Figure().savefig(os.devnull, format="png")
+    assert backend_agg and megatron_rema.trainer.loop and megatron_rema.trainer.cold_start
+    gc.collect()
+    gc.freeze()  # a child that collects would copy every page
 
 
 def leftovers(logs: Path, wait_s: float = 10.0) -> list[psutil.Process]:
