@@ -132,9 +132,10 @@ class Campaign:
         latest = state.latest(folder / "checkpoints") if (folder / "checkpoints").exists() else None
         record.steps_again = max(0, before - (int(latest.name.removeprefix("step_")) if latest else 0))
         job = self.start(case.layout, folder, logs, "resume=true", *more)
-        if job.wait(LIMIT_S, until=lambda: len(_lines(folder / "metrics.jsonl")) > before) is None:
+        ended = job.wait(LIMIT_S, until=lambda: len(_lines(folder / "metrics.jsonl")) > before)
+        if ended is None:
             record.resumed_s = time.monotonic() - job.began
-        ended = job.wait(LIMIT_S)
+            ended = job.wait(LIMIT_S)
         record.resumed_s = record.resumed_s or ended.seconds
         assert ended.codes == [0, 0], f"the continued run ended with {ended.codes}: {ended.output[-1500:]}"
         self.compare(record, folder, expected)

@@ -122,7 +122,7 @@ class Job:
                 self._hung, self._told = left, now - GRACE_S
             time.sleep(0.01)
         seconds = time.monotonic() - self.began
-        del self._store
+        self._store = None  # ends its thread
         struck_s = float(self.struck.read_text()) - self.began if self.struck.exists() else None
         outputs = [log.read_text(errors="replace") for log in self._logs]
         return Ended([codes[rank] for rank in range(world)], seconds, self._hung, struck_s, outputs)
