@@ -106,7 +106,8 @@ def install(point: Point, rank: int, action: Callable[[], None], struck: Path) -
 
         def look(event: str, arguments: tuple) -> None:
             writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-            if not done and (event in WRITES or writes) and "/checkpoints" in str(arguments[0]):
+            name = str(arguments[0]) if arguments else ""
+            if not done and (event in WRITES or writes) and ("/checkpoints" in name or "/" not in name):  # rmtree names files by folder
                 arrive()
 
         sys.addaudithook(look)
