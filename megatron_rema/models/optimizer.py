@@ -79,7 +79,8 @@ class Optimizer:
         lr / warmup_steps.
 
         Over the wire: one sum for the norm and, between data-parallel ranks, one number that says whether any of them must skip: a single
-        replica that skipped alone, for a fault of its own memory, would part from the others unseen. Under ZeRO-1 an all-gather of the new weights over data-parallel ranks.
+        replica that skipped alone, for a fault of its own memory, would part from the others unseen. Under ZeRO-1 an all-gather
+        of the new weights over data-parallel ranks.
         """
         found_inf = self.megatron.prepare_grads()
         grad_norm = float(self.megatron.get_grad_norm())

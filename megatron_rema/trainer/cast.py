@@ -258,22 +258,21 @@ def sync_weights(policies: Mapping[str, Policy], engines: Mapping[str, Engine], 
 
 
 def export_hf(policies: Mapping[str, Policy], folder: Path) -> list[Path]:
-    """Every policy as a Hugging Face checkpoint in ``folder``/NAME. The run's own earlier export is replaced once the new one is whole.
+    """Every policy as a Hugging Face checkpoint in ``folder``/NAME. A collective."""
+    return [export_model(policy.model, policy.path, folder / name) for name, policy in policies.items()]
 
-    A collective.
-    """
-    written = []
-    first = dist.get_rank() == 0
-    for name, policy in policies.items():
-        target, fresh = folder / name, folder / f".{name}.new"
-        if first:
-            shutil.rmtree(fresh, ignore_errors=True)  # left by a run that was killed
-        dist.barrier()
-        with policy.model.resident():
-            save_hf(policy.model.modules, policy.model.arch, policy.path, fresh, policy.model.groups)
-        if first:
-            shutil.rmtree(target, ignore_errors=True)
-            fresh.rename(target)
-        written.append(target)
+
+def export_model(model: ParallelModel, source: str | Path, target: Path) -> Path:
+    """``model`` as the Hugging Face checkpoint ``target``, with config and tokenizer of ``source``. The run's own earlier export is
+    replaced once the new one is whole. A collective."""
+    first, fresh = dist.get_rank() == 0, target.with_name(f".{target.name}.new")
+    if first:
+        shutil.rmtree(fresh, ignore_errors=True)  # left by a run that was killed
     dist.barrier()
-    return written
+    with model.resident():
+        save_hf(model.modules, model.arch, source, fresh, model.groups)
+    if first:
+        shutil.rmtree(target, ignore_errors=True)
+        fresh.rename(target)
+    dist.barrier()
+    return target

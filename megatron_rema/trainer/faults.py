@@ -58,13 +58,13 @@ def is_consequence(error: BaseException) -> bool:
     return "after another rank's error" in _notes(error)
 
 
-def explained(error: BaseException) -> str | None:
+def explained(error: BaseException, run_dir: str) -> str | None:
     """The message of an error that is not a bug; None for any other."""
-    reason = str(error) if isinstance(error, RunFault) else _of_memory(error) or _of_disk(error)
-    if reason is None:
+    text = str(error) if isinstance(error, RunFault) else _of_memory(error) or _of_disk(error, run_dir)
+    if text is None:
         return None
     where = [note for note in reversed(_notes(error)) if re.match(r"rank \d|in phase ", note)]
-    return f"{', '.join(where)}: {reason}" if where else reason
+    return f"{', '.join(where)}: {text}" if where else text
 
 
 def _of_memory(error: BaseException) -> str | None:
@@ -80,15 +80,28 @@ def _of_memory(error: BaseException) -> str | None:
     )
 
 
-def _of_disk(error: BaseException) -> str | None:
+def _of_disk(error: BaseException, run_dir: str) -> str | None:
+    cause, number = _disk_cause(error)
+    if cause is None:
+        return None
+    said = " ".join(str(cause).split())[:400]
+    return f"{said} (run_dir is {run_dir}): {_DISK[number]}, then continue from the latest checkpoint with resume=true."
+
+
+def _disk_cause(error: BaseException) -> tuple[BaseException, int] | tuple[None, None]:
+    """What the system said, under all that was made of it on the way, and its number."""
     for cause in _chain(error):
-        text = " ".join(str(cause).split())
         number = cause.errno if isinstance(cause, OSError) else None
         if number is None:
-            number = next((number for words, number in _DISK_WORDS.items() if words in text), None)
+            number = next((number for words, number in _DISK_WORDS.items() if words in str(cause)), None)
         if number in _DISK:
-            return f"{text[:400]}: {_DISK[number]}, then continue from the latest checkpoint with resume=true."
-    return None
+            return cause, number
+    return None, None
+
+
+def reason(error: BaseException) -> str:
+    """Of an error that will be told elsewhere, what tells most."""
+    return repr(_disk_cause(error)[0] or error)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -149,7 +149,6 @@ def run(study: Study) -> None:
     """All steps that are left, with evaluations and checkpoints in between, and the report."""
     config, position, reporter = study.config, study.position, study.reporter
     trainer = config.trainer
-    started = position.step
     sync_weights(study.policies, study.engines, position.weight_version)
     if position.step == 0:
         evaluate(study)
@@ -166,7 +165,7 @@ def run(study: Study) -> None:
             else:
                 study.checkpoints.finish_pending(wait=False)
     study.checkpoints.finish_pending()
-    if trainer.save_hf and (started < position.step or not (study.folder.path / "hf").exists()):
+    if trainer.save_hf:  # by a run that has no step left too: the one before it may have ended half-way through
         for path in export_hf(study.policies, study.folder.path / "hf"):
             reporter.say(f"policy exported: {path}")
     finish(study)

@@ -39,7 +39,7 @@ from megatron_rema.models.policy import ParallelModel
 from megatron_rema.parallel import platform
 from megatron_rema.parallel.exchange import gather
 from megatron_rema.trainer import manifest
-from megatron_rema.trainer.faults import RunFault
+from megatron_rema.trainer.faults import RunFault, reason
 from megatron_rema.trainer.inputs import Source
 from megatron_rema.trainer.manifest import Seal
 from megatron_rema.trainer.run_folder import RunFolder
@@ -124,7 +124,7 @@ class Checkpoints:
             return None
         pending, self._pending = self._pending, None
         failure = pending.written.exception()
-        outcomes = gather(repr(failure) if failure else pending.written.result())
+        outcomes = gather(reason(failure) if failure else pending.written.result())
         failures = [f"rank {rank}: {outcome}" for rank, outcome in enumerate(outcomes) if isinstance(outcome, str)]
         if failures:
             raise RunFault(

@@ -311,12 +311,14 @@ def gradients_for_good(campaign: Campaign, case: Case, record: Record) -> None:
     folder = campaign.work / "now" / "run"
     struck = campaign.work / "now" / "fault" / "struck"
     poison = Poison(tuple(range(2, STEPS + 1)), float(case.options["value"]), struck)
-    arm = partial(poison.install, victim=case.point.rank)
-    ended = campaign.ended(record, campaign.start(case.layout, folder, "fault", "trainer.max_skipped_updates=3", arm=arm).wait(LIMIT_S))
+    arm, keep = partial(poison.install, victim=case.point.rank), "trainer.keep_checkpoints=9"
+    ended = campaign.ended(
+        record, campaign.start(case.layout, folder, "fault", "trainer.max_skipped_updates=2", keep, arm=arm).wait(LIMIT_S)
+    )
     assert ended.code == 1, f"exit codes {ended.codes}"
     told(record, "not finite", "in a row", "trainer.max_skipped_updates", "resume=true")
     good = folder / "checkpoints" / "step_000001"
-    campaign.continued(case, record, folder, expected, f"resume_from={good}")
+    campaign.continued(case, record, folder, expected, keep, f"resume_from={good}")
     record.outcome = "stopped after k, resumed from before, bitwise"
 
 

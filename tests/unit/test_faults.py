@@ -7,7 +7,7 @@ import errno
 import pytest
 import torch
 
-from megatron_rema.trainer.faults import RunFault, SkippedUpdates, explained, is_consequence, is_of_a_group, tell_rank
+from megatron_rema.trainer.faults import RunFault, SkippedUpdates, explained, is_consequence, is_of_a_group, reason, tell_rank
 from megatron_rema.trainer.progress import Reporter
 
 
@@ -28,15 +28,17 @@ def raised(error: Exception, phase: str | None = None) -> Exception:
 def test_a_file_that_cannot_be_written_is_explained_by_its_name_and_the_remedy(number, remedy):
     error = raised(OSError(number, "said by the system", "/runs/one/metrics.jsonl"))
     tell_rank(error, 0, is_first=True)
-    message = explained(error)
+    message = explained(error, "/runs/one")
     assert message.startswith("rank 0: ") and "/runs/one/metrics.jsonl" in message and remedy in message and "resume=true" in message
 
 
 def test_a_library_that_wraps_the_error_of_the_disk_is_explained_too():
     wrapped = RuntimeError("while writing")
     wrapped.__cause__ = OSError(errno.ENOSPC, "No space left on device", "/runs/one/x")
-    assert "free space" in explained(wrapped)
-    assert "free space" in explained(ValueError("I/O error: No space left on device (os error 28)"))
+    assert "/runs/one/x" in explained(wrapped, "/runs/one") and "free space" in explained(wrapped, "/runs/one")
+    assert reason(wrapped) == repr(wrapped.__cause__) and reason(KeyError("x")) == "KeyError('x')"
+    nameless = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert "run_dir is /runs/one" in explained(nameless, "/runs/one") and "free space" in explained(nameless, "/runs/one")
 
 
 def out_of_torch_memory() -> Exception:
@@ -52,13 +54,13 @@ def out_of_torch_memory() -> Exception:
 def test_memory_that_ran_out_names_rank_phase_and_what_makes_that_phase_smaller(make, phase, remedy):
     error = raised(make(), phase)
     tell_rank(error, 3, is_first=True)
-    message = explained(error)
+    message = explained(error, "/runs/one")
     assert message.startswith(f"rank 3, in phase {phase}: out of memory" if phase else "rank 3: out of memory") and remedy in message
 
 
 def test_a_bug_is_not_explained_away():
     for error in (RuntimeError("shape mismatch"), KeyError("x"), FileNotFoundError(errno.ENOENT, "no such file", "x"), AssertionError()):
-        assert explained(raised(error, "update")) is None
+        assert explained(raised(error, "update"), "/runs/one") is None
 
 
 def test_an_error_that_follows_from_another_rank_s_is_known_as_such():
