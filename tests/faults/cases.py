@@ -52,22 +52,22 @@ _WRITING = ("restore", "episodes", "metrics", "evaluation", "disk", "export", "r
 DAMAGES = ("flipped byte", "truncated", "missing file", "missing manifest", "damaged manifest", "leftover partial", "torn pointer")
 
 COUNTS = {  # fault -> cases of the full campaign
-    "SIGKILL in a phase": 62,
-    "SIGKILL in a checkpoint write": 30,
-    "SIGKILL at a random moment": 14,
-    "SIGKILL, nobody ends the others": 10,
-    "SIGTERM": 12,
-    "exception on one rank": 10,
-    "exception on one rank, nobody ends the others": 10,
-    "out of memory": 14,
-    "full disk": 26,
-    "read-only folder": 12,
-    "damaged checkpoint": 20,
-    "damaged data file": 8,
-    "non-finite gradients once": 8,
-    "non-finite gradients for good": 6,
-    "verifier process": 10,
-    "clock jump": 8,
+    "SIGKILL in a phase": 50,
+    "SIGKILL in a checkpoint write": 26,
+    "SIGKILL at a random moment": 12,
+    "SIGKILL, nobody ends the others": 9,
+    "SIGTERM": 10,
+    "exception on one rank": 9,
+    "exception on one rank, nobody ends the others": 9,
+    "out of memory": 12,
+    "full disk": 22,
+    "read-only folder": 10,
+    "damaged checkpoint": 14,
+    "damaged data file": 7,
+    "non-finite gradients once": 6,
+    "non-finite gradients for good": 5,
+    "verifier process": 8,
+    "clock jump": 7,
 }
 
 
