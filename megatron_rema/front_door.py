@@ -36,11 +36,14 @@ def config_dir() -> Path:
 
 
 def _say(message: str) -> None:
-    """One rank speaks: a message repeated by every rank of a large job hides itself. The others wait: as soon as one rank is gone its
-    launcher ends the rest, and that must not be before the message is out. Whoever is not ended meanwhile has an error of its own."""
+    """Rank 0 speaks: a message repeated by every rank of a large job hides itself. The others wait: as soon as one rank is gone its
+    launcher ends the rest, and that must not be before the message is out. A node whose launcher ends nobody has an error of its own, and
+    its first rank says it."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(SILENCE_S)
+        if os.environ.get("LOCAL_RANK", rank) != "0":
+            return
         message = f"rank {rank}: {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from megatron_rema.parallel.reach import is_first
 from megatron_rema.trainer.faults import RunFault, SkippedUpdates, explained, is_consequence, is_of_a_group, reason, tell_rank
 from megatron_rema.trainer.progress import Reporter
 
@@ -69,6 +72,22 @@ def test_an_error_that_follows_from_another_rank_s_is_known_as_such():
     tell_rank(first, 1, is_first=True)
     tell_rank(second, 0, is_first=False)
     assert is_of_a_group(first) and is_of_a_group(second) and is_consequence(second) and not is_consequence(first)
+
+
+def test_one_rank_is_first_and_a_store_that_is_gone_or_silent_keeps_nobody():
+    store = dist.HashStore()
+    assert [is_first(store, "error", wait_s=5) for _ in range(3)] == [True, False, False]
+
+    class Gone:
+        def add(self, name: str, amount: int) -> int:
+            raise dist.DistNetworkError("connection reset by peer")
+
+    class Silent:
+        def add(self, name: str, amount: int) -> int:
+            time.sleep(20)
+            return 2
+
+    assert is_first(Gone(), "error", wait_s=5) and is_first(Silent(), "error", wait_s=0.1)
 
 
 def test_so_many_skipped_updates_in_a_row_end_the_run_each_model_counted_alone():
