@@ -88,6 +88,28 @@ class Case:
         return f"{self.fault}: {self.layout}, {where} {options}".strip()
 
 
+def short_suite() -> list[Case]:
+    """One or two of every class, at two layouts: what CI pays for. Numbers from 1000."""
+    sft, rl = "sft TP2", "TP2"
+    chosen = [
+        ("SIGKILL in a phase", rl, Point("sync", 3, 0), {}),
+        ("SIGKILL in a checkpoint write", sft, Point("disk", 3, 0, 9), {}),
+        ("SIGKILL in a phase", sft, Point("export", STEPS, 0, after=True), {}),
+        ("SIGTERM", sft, Point("optimizer", 2, 1), {}),
+        ("exception on one rank, nobody ends the others", sft, Point("update", 3, 1), {}),
+        ("out of memory", rl, Point("generate", 3, 1, 5), {"kind": "host", "supervised": False}),
+        ("full disk", sft, Point("disk", 2, 0, 3), {"spare_pages": 5}),
+        ("full disk", sft, Point("export", STEPS, 0), {"spare_pages": 0}),
+        ("read-only folder", sft, Point("metrics", 3, 0), {}),
+        ("damaged checkpoint", sft, Point("start", 0, 0), {"damage": "flipped byte"}),
+        ("damaged data file", rl, Point("start", 0, 0), {"damage": "rows gone"}),
+        ("non-finite gradients for good", sft, Point("update", 2, 1), {"value": "nan"}),
+        ("verifier process", rl, Point("generate", 2, 0), {"what": "forks"}),
+        ("clock jump", sft, Point("update", 2, 0), {"hours": -3}),
+    ]
+    return [Case(1000 + number, *rest) for number, rest in enumerate(chosen)]
+
+
 def all_cases() -> list[Case]:
     """The full campaign, the faults mixed: whatever part of it was run has seen every kind."""
     faults = [fault for fault, count in COUNTS.items() for _ in range(count)]
