@@ -42,9 +42,8 @@ def test_a_fault_loses_nothing_but_the_step_in_flight(work, case: Case):
 def test_what_compares_the_runs_sees_a_single_difference(work, tmp_path):
     whole = work / "whole" / "TP2"
     expected = results(whole, STEPS)
-    assert all(expected[name] for name in ("metrics", "evaluations", "weights", "exported", "step_000001")) and not damaged_checkpoints(
-        whole
-    )
+    assert all(expected[name] for name in ("metrics", "evaluations", "weights", "exported", "step_000001"))
+    assert not damaged_checkpoints(whole)
     changed = {**expected, "metrics": [expected["metrics"][0].replace('"step": 1', '"step": 2'), *expected["metrics"][1:]]}
     assert differences(changed, expected) == ["metrics"]
     assert differences({name: value for name, value in expected.items() if name != "weights"}, expected) == ["weights"]
