@@ -117,10 +117,12 @@ class Campaign:
     def struck(self, case: Case, record: Record, folder: Path, action: Callable[[], None], *more: str, supervised: bool = True) -> Ended:
         """The job in which the fault strikes, to its end."""
         struck = self.work / "now" / "fault" / "struck"
+        alone = [] if supervised else ["trainer.preflight.wait_s=40"]  # whoever is left before there is a group waits twice as long
         job = self.start(
             case.layout,
             folder,
             "fault",
+            *alone,
             *more,
             arm=lambda rank: injection.install(case.point, rank, action, struck),
             supervised=supervised,
