@@ -34,15 +34,15 @@ def assign(
         episode.verdict = judgement.verdict
         episode.score = components_of(episode, judgement)
         if judgement.verdict is Verdict.UNKNOWN or episode.status is EpisodeStatus.ABORTED:
-            episode.score, episode.turn_rewards = {}, {}
+            episode.score, episode.turn_rewards, episode.reward_parts = {}, {}, {}
             excluded.append(episode)
             continue
         rewards = SCHEMES[scheme](episode.score)
+        ceiling = 0.0 if mask_unfinished_reward and episode.status.is_cut else None
+        episode.turn_rewards, episode.reward_parts = {}, {}
         for role in Role:
-            num_turns = len(episode.turns_of(role))
-            reward = min(rewards[role], 0.0) if mask_unfinished_reward and episode.status.is_cut else rewards[role]
-            if num_turns:
-                episode.turn_rewards[role] = [0.0] * (num_turns - 1) + [reward]
+            if episode.turns_of(role):
+                episode.add_reward("outcome", role, rewards[role], ceiling=ceiling)
         scored.append(episode)
     return Assigned(scored, excluded)
 
@@ -84,6 +84,12 @@ def reward_metrics(assigned: Assigned, judgements: Mapping[str, Judgement]) -> d
     for role, rewards in by_role.items():
         if rewards:
             metrics[f"reward/{role}/mean"] = sum(rewards) / len(rewards)
+    parts = dict.fromkeys(name for e in scored for name in e.reward_parts)
+    for name in parts if len(parts) > 1 else ():
+        for role in by_role:
+            values = [sum(e.reward_parts[name][role]) for e in scored if role in e.reward_parts.get(name, {})]
+            if values:
+                metrics[f"reward/{role}/part/{name}_mean"] = sum(values) / len(values)
     everyone = [reward for rewards in by_role.values() for reward in rewards]
     if everyone:
         metrics["reward/mean"] = sum(everyone) / len(everyone)
