@@ -102,8 +102,8 @@ CANARIES: tuple[str, ...] = (
 def canaries(scores: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]] | None = None) -> Finding:
     """D-C6: what the reward function pays for replies without content; ``scores``: canary -> rewards over items, > 0 where paid.
 
-    Alarm for a canary whose rate of positive rewards is above 5% beyond luck (lower end of its Wilson interval), and, where ``before`` holds
-    the same at the first audit, above that rate's upper end.
+    Alarm for a canary whose rate of positive rewards is above 5% beyond luck (lower end of its Wilson interval) and, where ``before``
+    holds the same at the first audit, above that rate's upper end.
     """
     rates: dict[str, tuple[int, int]] = {text: (sum(s > 0.0 for s in paid), len(paid)) for text, paid in scores.items() if len(paid)}
     paid = []
