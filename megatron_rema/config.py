@@ -156,6 +156,10 @@ class RewardConfig:
     mask_unfinished_reward: bool = True  # an episode that did not finish earns 0
     verifier_processes: Count = 1  # per rank
     verifier_timeout_s: Positive = 5.0
+    # "module:name" of a function of the user's: Episode (verdict and score filled) -> {component: amount, or {role: amount}}; each is
+    # added to the last turn of whom it names. Must give the same on every rank.
+    function: str | None = None
+    weights: dict[str, float] = field(default_factory=dict)  # of components by name, ``outcome`` (the scheme's) among them; 1 otherwise
     model_path: str | None = None  # a reward model (sequence-classification folder) that scores the reasoner's view of each episode
     model_weight: float = 1.0  # added to both roles' rewards: model_weight * score
     model_ensemble: Literal["mean", "min"] = "mean"  # over the reward model's heads

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_rema.reward.components import SCHEMES, components_of
@@ -18,16 +19,46 @@ class Assigned:
     excluded: list[Episode]
 
 
+RewardFunction = Callable[[Episode], Mapping[str, float | Mapping[Role, float]]]
+
+
+def reward_function(name: str | None) -> RewardFunction | None:
+    """The user's function by its "module:name". Raises ValueError naming what cannot be found."""
+    if name is None:
+        return None
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"reward.function is {name!r}; it must be module:name of a function that can be imported ({error}): correct it, or put the "
+            "module's folder on PYTHONPATH."
+        ) from error
+    if not callable(found):
+        raise ValueError(f"reward.function is {name!r}, which is a {type(found).__name__}; it must be a function of an Episode.")
+    return found
+
+
 def assign(
-    episodes: Sequence[Episode], judgements: Mapping[str, Judgement], *, scheme: str = "outcome", mask_unfinished_reward: bool = True
+    episodes: Sequence[Episode],
+    judgements: Mapping[str, Judgement],
+    *,
+    scheme: str = "outcome",
+    mask_unfinished_reward: bool = True,
+    function: RewardFunction | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> Assigned:
-    """Fill verdict, score and turn_rewards of each episode, in place.
+    """Fill verdict, score, turn_rewards and reward_parts of each episode, in place.
+
+    ``function`` adds components of its own, raw in ``score`` and times their ``weights`` (1 where not given; ``outcome`` is the scheme's)
+    in the reward.
 
     A role's reward stands on its last turn, 0.0 on the others. ``mask_unfinished_reward``: an episode that did not end as the protocol
     wants earns at most 0.0, be its answer right or wrong (a penalty of the scheme stays).
     """
     if scheme not in SCHEMES:
         raise ValueError(f"reward.scheme is {scheme!r}, which is not one of {sorted(SCHEMES)}.")
+    weights = weights or {}
     scored, excluded = [], []
     for episode in episodes:
         judgement = judgements[episode.episode_id]
@@ -42,7 +73,13 @@ def assign(
         episode.turn_rewards, episode.reward_parts = {}, {}
         for role in Role:
             if episode.turns_of(role):
-                episode.add_reward("outcome", role, rewards[role], ceiling=ceiling)
+                episode.add_reward("outcome", role, weights.get("outcome", 1.0) * rewards[role], ceiling=ceiling)
+        for name, amount in function(episode).items() if function is not None else ():
+            per_role = amount if isinstance(amount, Mapping) else dict.fromkeys(episode.turn_rewards, amount)
+            episode.score[name] = sum(map(float, per_role.values())) / max(len(per_role), 1)
+            for role, value in per_role.items():
+                if role in episode.turn_rewards:
+                    episode.add_reward(name, Role(role), weights.get(name, 1.0) * float(value), ceiling=ceiling)
         scored.append(episode)
     return Assigned(scored, excluded)
 

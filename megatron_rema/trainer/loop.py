@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_rema.config import RunConfig, TrainerConfig, as_mapping
 from megatron_rema.models.policy import ParallelModel
 from megatron_rema.report.page import write_report
-from megatron_rema.reward.assign import assign, counterfactual_metrics, reward_metrics, set_apart
+from megatron_rema.reward.assign import Assigned, assign, counterfactual_metrics, reward_function, reward_metrics, set_apart
 from megatron_rema.reward.behaviour import behaviour_metrics
 from megatron_rema.reward.math_verifier import Judgement, VerifierPool
 from megatron_rema.reward.model_scorer import add_model_scores
@@ -183,7 +183,7 @@ def step(study: Study) -> dict[str, float]:
     position.sampled_tokens += sampled
     for engine in study.engines.values():
         engine.sleep()
-    assigned = assign(played, judgements, scheme=config.reward.scheme, mask_unfinished_reward=config.reward.mask_unfinished_reward)
+    assigned = reward(study, played, judgements)
     penalise_overlong(assigned.scored, buffer_tokens=config.reward.overlong_buffer_tokens, max_tokens=config.rollout.max_episode_tokens)
     model_metrics = score_with_reward_model(study, assigned.scored)
     assigned, counterfactual = set_apart(assigned)
@@ -223,6 +223,19 @@ def step(study: Study) -> dict[str, float]:
     }
     alarm(study, metrics)
     return {"step": position.step, "weight_version": position.weight_version, "time_s": time.perf_counter() - begin, **metrics}
+
+
+def reward(study: Study, episodes: Sequence[Episode], judgements: Mapping[str, Judgement]) -> Assigned:
+    """What training pays for episodes, but for a reward model's score."""
+    settings = study.config.reward
+    return assign(
+        episodes,
+        judgements,
+        scheme=settings.scheme,
+        mask_unfinished_reward=settings.mask_unfinished_reward,
+        function=reward_function(settings.function),
+        weights=settings.weights,
+    )
 
 
 def sampled_tokens(episodes: Sequence[Episode]) -> int:

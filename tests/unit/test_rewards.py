@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_rema.reward.answers import boxes
-from megatron_rema.reward.assign import assign, counterfactual_metrics, reward_metrics, set_apart
+from megatron_rema.reward.assign import assign, counterfactual_metrics, reward_function, reward_metrics, set_apart
 from megatron_rema.reward.behaviour import behaviour_metrics, copy_ratio, leak_round, leaks_first, repetition, states_answer
 from megatron_rema.reward.math_verifier import Judgement
 from megatron_rema.types import Action, Completion, Episode, EpisodeStatus, Prompt, Role, StopReason, Turn, Verdict
@@ -244,3 +244,33 @@ def test_boxes_are_all_answers_of_a_text():
     assert boxes(r"\boxed{a \boxed{b}} }}") == [r"a \boxed{b}"]
     assert boxes(r"\boxed{ \boxed{3} \boxed{4}") == ["3", "4"], "one that never closes hides nothing"
     assert len(boxes(r"\boxed{" * 50_000 + "}" * 50_000)) == 1
+
+
+def brevity(one: Episode) -> dict:
+    """A reward function as a user writes it."""
+    return {"brevity": -0.1 * len(one.turns), "style": {META: 0.5}}
+
+
+def test_a_reward_function_adds_components_with_their_weights():
+    one = episode("a", "Add.", "\\boxed{5}")
+    rewards_of(one, RIGHT, function=brevity, weights={"outcome": 0.5, "style": 2.0})
+    # both roles: 0.5 * 1 - 0.1 * 2; the planner also 2 * 0.5
+    assert one.turn_rewards == {META: [pytest.approx(1.3)], REASONING: [pytest.approx(0.3)]}
+    assert one.score["brevity"] == pytest.approx(-0.2) and one.score["style"] == 0.5, "raw"
+    assert one.reward_parts["style"] == {META: [1.0]}, "as weighted"
+    metrics = reward_metrics(assign([one], {"a": RIGHT}, function=brevity), {"a": RIGHT})
+    assert metrics["reward/reasoning/part/brevity_mean"] == pytest.approx(-0.2) and "reward/reasoning/part/style_mean" not in metrics
+
+
+def test_components_do_not_lift_an_unfinished_dialogue():
+    one = episode("a", "Add.", "\\boxed{5}", status=MAX_ROUNDS)
+    rewards_of(one, WRONG, function=lambda e: {"bonus": 1.0})
+    assert one.turn_rewards == {META: [0.0], REASONING: [0.0]} and one.reward_parts["mask"] == {META: [-1.0], REASONING: [-1.0]}
+
+
+def test_a_reward_function_is_found_by_its_name():
+    assert reward_function("tests.unit.test_rewards:brevity").__name__ == "brevity"
+    assert reward_function(None) is None
+    for name, what in (("nowhere:at_all", "No module"), ("json:none", "no attribute"), ("json", "attribute"), ("math:pi", "float")):
+        with pytest.raises(ValueError, match=rf"reward.function is '{name}'.*{what}"):
+            reward_function(name)
