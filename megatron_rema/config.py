@@ -238,6 +238,20 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class IntegrityConfig:
+    """Signals every step, audits on a budget, and what follows from them (docs/integrity.md)."""
+
+    mode: Literal["off", "monitor"] = "off"
+    oracle: str = (
+        "verdict"  # gold of an episode: verdict (right and finished, strictly read), or "module:name" of a function Episode -> float
+    )
+    audit_every: Count = 25  # steps; a signal that fires asks for an earlier one
+    audit_problems: Count = 64  # at most; the first so many training problems of a shuffle of their own
+    budget_frac: Annotated[float, Field(gt=0, le=1)] = 0.03  # audits sample at most this times what training samples
+    start_steps: Count = 5  # first steps that signals compare with
+
+
+@dataclass(frozen=True, config=_STRICT)
 class PreflightConfig:
     """What is looked at before the first collective (trainer/preflight.py)."""
 
@@ -286,6 +300,7 @@ class RunConfig:
     algorithm: AlgorithmConfig
     critic: CriticConfig
     optimizer: OptimizerConfig
+    integrity: IntegrityConfig
     trainer: TrainerConfig
     kernels: Literal["auto", "fused", "reference"] = "auto"  # compiled kernels, or plain torch
     seed: int = 0

@@ -195,16 +195,17 @@ def plan_leak(leaks: Sequence[bool], full: Sequence[float], redacted: Sequence[f
 
 
 def plan_use(full: Sequence[float], no_plan: Sequence[float], swapped: Sequence[float]) -> Finding:
-    """H2: does the reasoner need the plan? Effects of taking it away and of giving another problem's. Alarm where both intervals include
-    0 and neither could be above 0.05: the plan is decoration, and the meta-thinker's reward is the reasoner's."""
+    """H2: does the reasoner need the plan? Effects of taking it away and of giving another problem's. Alarm where a fifth or more is right,
+    both intervals include 0 and neither effect could be above 0.05: the plan is decoration, and the meta-thinker's reward is the
+    reasoner's. Wasteful, but no hack: the outcome is as good as it looks."""
     ablation, swap = paired_effect(full, no_plan), paired_effect(full, swapped)
     if ablation is None or swap is None:
-        return Finding("plan_use", Access.ORACLE, {})
-    alarm = all(effect.includes_zero and effect.high < 0.05 for effect in (ablation, swap))
+        return Finding("plan_use", Access.POLICY, {})
+    alarm = fmean(full) >= 0.2 and all(effect.includes_zero and effect.high < 0.05 for effect in (ablation, swap))
     values = {"ablation_effect": ablation.mean, "swap_effect": swap.mean, "ablation_low": ablation.low, "ablation_high": ablation.high}
     mechanism = "the reasoner ignores the plan" if alarm else None
     return Finding(
-        "plan_use", Access.ORACLE, values, alarm, mechanism, f"without a plan {ablation.mean:+.3f}, with another's {swap.mean:+.3f}"
+        "plan_use", Access.POLICY, values, alarm, mechanism, f"without a plan {ablation.mean:+.3f}, with another's {swap.mean:+.3f}"
     )
 
 

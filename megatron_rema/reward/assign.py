@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,23 +19,6 @@ class Assigned:
 
 
 RewardFunction = Callable[[Episode], Mapping[str, float | Mapping[Role, float]]]
-
-
-def reward_function(name: str | None) -> RewardFunction | None:
-    """The user's function by its "module:name". Raises ValueError naming what cannot be found."""
-    if name is None:
-        return None
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"reward.function is {name!r}; it must be module:name of a function that can be imported ({error}): correct it, or put the "
-            "module's folder on PYTHONPATH."
-        ) from error
-    if not callable(found):
-        raise ValueError(f"reward.function is {name!r}, which is a {type(found).__name__}; it must be a function of an Episode.")
-    return found
 
 
 def assign(

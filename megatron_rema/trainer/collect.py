@@ -59,6 +59,14 @@ def play_everywhere(
     return everyone, verdicts
 
 
+def judge_everywhere(episodes: Sequence[Episode], verifier: VerifierPool) -> dict[str, Judgement]:
+    """Judgements of episodes that every rank holds, by episode_id; the same on every rank. A collective: each judges its share."""
+    for episode in episodes[dist.get_rank() :: dist.get_world_size()]:
+        verifier.submit(episode)
+    rows = gather_rows([{"id": key, "judgement": asdict(judgement)} for key, judgement in verifier.collect().items()])
+    return {row["id"]: _judgement(row["judgement"]) for row in rows}
+
+
 def _planner(index: int, group_index: int, rules: DialogueRules) -> int:
     """Where in ``starts`` the episode stands whose plan the one at ``index`` follows."""
     plan_index = rules.plan_index(group_index)

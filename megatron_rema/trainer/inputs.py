@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_rema.architecture import Architecture
 from megatron_rema.config import ConfigError, RunConfig, check_file, check_run_dir
 from megatron_rema.engine.grammar import require_xgrammar
-from megatron_rema.reward.assign import reward_function
+from megatron_rema.reward.functions import named_function
 from megatron_rema.rollout.dataset import WrittenDialogue, WrittenPair, read_dialogues, read_pairs, read_prompts
 from megatron_rema.rollout.judge import in_both_orders, read_comparisons
 from megatron_rema.types import Prompt, Role
@@ -33,7 +33,9 @@ def read_for_training(config: RunConfig) -> Inputs:
     check_run_dir(config.run_dir, config.resume, config.resume_from)
     if config.task.json_actions:
         require_xgrammar()
-    reward_function(config.reward.function)
+    for key, name in (("reward.function", config.reward.function), ("integrity.oracle", config.integrity.oracle)):
+        if name not in (None, "verdict"):
+            named_function(key, name)
     architectures = _architectures(config)
     check_file("task.train_file", config.task.train_file)
     return Inputs(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
@@ -16,8 +16,9 @@ from torch import Tensor
 from megatron_rema.config import RunConfig, TrainerConfig, as_mapping
 from megatron_rema.models.policy import ParallelModel
 from megatron_rema.report.page import write_report
-from megatron_rema.reward.assign import Assigned, assign, counterfactual_metrics, reward_function, reward_metrics, set_apart
+from megatron_rema.reward.assign import Assigned, assign, counterfactual_metrics, reward_metrics, set_apart
 from megatron_rema.reward.behaviour import behaviour_metrics
+from megatron_rema.reward.functions import named_function
 from megatron_rema.reward.math_verifier import Judgement, VerifierPool
 from megatron_rema.reward.model_scorer import add_model_scores
 from megatron_rema.rollout.dataset import PromptStream
@@ -40,7 +41,7 @@ from megatron_rema.trainer.cast import (
     sync_weights,
     trained,
 )
-from megatron_rema.trainer.collect import play_everywhere
+from megatron_rema.trainer.collect import judge_everywhere, play_everywhere
 from megatron_rema.trainer.constraint import Constrain, constraint_of
 from megatron_rema.trainer.credit import (
     assign_advantages,
@@ -56,6 +57,7 @@ from megatron_rema.trainer.diagnosis import find_non_finite, tell_skipped
 from megatron_rema.trainer.evaluation import evaluate_sets, show
 from megatron_rema.trainer.experience import is_trainable, pack_for_rank
 from megatron_rema.trainer.inputs import Inputs
+from megatron_rema.trainer.integrity import Bench, Monitor, audit_problems
 from megatron_rema.trainer.preference import episode_scores
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
@@ -72,6 +74,7 @@ _PHASES = {
     "score": "experience/score_s",
     "update": "train/update_s",
     "sync": "sync/sync_s",
+    "audit": "integrity/audit_s",
 }
 
 
@@ -93,6 +96,8 @@ class Study:
     checkpoints: state.Checkpoints
     reporter: Reporter
     position: state.Position
+    monitor: Monitor | None = None
+    members: dict[str, list[float]] = field(default_factory=dict)  # what each head of the reward model says of the step's episodes
     steps_unclipped: int = 0  # in a row, since the start or the last resume
 
 
@@ -136,6 +141,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
                 checkpoints=state.checkpoints_of(config, folder),
                 reporter=reporter,
                 position=position,
+                monitor=monitor_of(config, inputs.prompts, folder, reporter, position.step),
             )
             run(study)
         for engine in engines.values():
@@ -184,7 +190,6 @@ def step(study: Study) -> dict[str, float]:
     for engine in study.engines.values():
         engine.sleep()
     assigned = reward(study, played, judgements)
-    penalise_overlong(assigned.scored, buffer_tokens=config.reward.overlong_buffer_tokens, max_tokens=config.rollout.max_episode_tokens)
     model_metrics = score_with_reward_model(study, assigned.scored)
     assigned, counterfactual = set_apart(assigned)
     share_plan_rewards(assigned.scored, scheme=config.reward.scheme)
@@ -222,20 +227,64 @@ def step(study: Study) -> dict[str, float]:
         "rollout/prompts_taken": position.prompts_taken,
     }
     alarm(study, metrics)
+    if study.monitor is not None:
+        metrics |= watch(study, study.monitor, assigned.scored, metrics)
     return {"step": position.step, "weight_version": position.weight_version, "time_s": time.perf_counter() - begin, **metrics}
 
 
 def reward(study: Study, episodes: Sequence[Episode], judgements: Mapping[str, Judgement]) -> Assigned:
     """What training pays for episodes, but for a reward model's score."""
-    settings = study.config.reward
-    return assign(
+    settings, rollout = study.config.reward, study.config.rollout
+    assigned = assign(
         episodes,
         judgements,
         scheme=settings.scheme,
         mask_unfinished_reward=settings.mask_unfinished_reward,
-        function=reward_function(settings.function),
+        function=named_function("reward.function", settings.function) if settings.function else None,
         weights=settings.weights,
     )
+    penalise_overlong(assigned.scored, buffer_tokens=settings.overlong_buffer_tokens, max_tokens=rollout.max_episode_tokens)
+    return assigned
+
+
+def watch(study: Study, monitor: Monitor, scored: Sequence[Episode], metrics: Mapping[str, float]) -> dict[str, float]:
+    """Signals of the step and, when one is due, an audit of the policies as they are after it."""
+    config, step = study.config, study.position.step
+    found = monitor.observe(step, scored, metrics, study.members)
+
+    def play(prompts: Sequence[Prompt], rules: DialogueRules) -> tuple[list[Episode], dict[str, Judgement]]:
+        return play_everywhere(
+            starts_of(prompts, 1),
+            rules=rules,
+            chat=study.chat,
+            engines=study.engines,
+            engine_tensor=config.engine.tensor,
+            verifier=study.verifier,
+            seed=config.seed,
+            step=-1,
+            reporter=Reporter(speaks=False),
+        )
+
+    def pay(episodes: Sequence[Episode], judgements: Mapping[str, Judgement]) -> list[Episode]:
+        scored = reward(study, episodes, judgements).scored
+        score_with_reward_model(study, scored)
+        return scored
+
+    bench = Bench(study.rules, study.chat, play, lambda episodes: judge_everywhere(episodes, study.verifier), pay)
+    if monitor.is_due(step, bench):
+        with study.reporter.phase("audit"):
+            found |= monitor.audit(step, bench)
+        found["integrity/audit_s"] = study.reporter.seconds["audit"]
+    return found
+
+
+def monitor_of(config: RunConfig, prompts: Sequence[Prompt], folder: RunFolder, reporter: Reporter, step: int) -> Monitor | None:
+    """The run's monitor, as it stood after ``step``; None with integrity.mode=off."""
+    if config.integrity.mode == "off":
+        return None
+    monitor = Monitor(config.integrity, audit_problems(prompts, config.integrity, config.seed), folder=folder, reporter=reporter)
+    monitor.restore(step)
+    return monitor
 
 
 def sampled_tokens(episodes: Sequence[Episode]) -> int:
@@ -285,9 +334,10 @@ def score_with_reward_model(study: Study, episodes: Sequence[Episode]) -> dict[s
     with study.reporter.phase("reward_model"):
         views = {e.episode_id: trace for e in episodes for trace in traces_of(e) if trace.role is Role.REASONING}
         scores = episode_scores(study.reward_model, list(views.values()), microbatch_tokens=study.config.trainer.microbatch_tokens)
+    study.members = dict(zip(views, scores, strict=True))
     return add_model_scores(
         episodes,
-        dict(zip(views, scores, strict=True)),
+        study.members,
         weight=reward.model_weight,
         ensemble=reward.model_ensemble,
         mask_unfinished_reward=reward.mask_unfinished_reward,

@@ -118,6 +118,7 @@ def test_a_planner_that_states_the_answer():
 def test_a_plan_nobody_needs():
     assert plan_use([1.0, 0.0] * 50, [1.0, 0.0] * 50, [1.0, 0.0] * 50).mechanism == "the reasoner ignores the plan"
     assert not plan_use([1.0] * 50, [0.0] * 25 + [1.0] * 25, [0.0] * 50).alarm
+    assert not plan_use([0.0] * 100, [0.0] * 100, [0.0] * 100).alarm, "nothing is right, with or without"
     assert not plan_use([1.0, 0.0] * 4, [0.0, 1.0] * 4, [1.0, 0.0] * 4).alarm, "eight pairs cannot say that there is no effect"
 
 

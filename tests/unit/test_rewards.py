@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from megatron_rema.reward.answers import boxes
-from megatron_rema.reward.assign import assign, counterfactual_metrics, reward_function, reward_metrics, set_apart
+from megatron_rema.reward.assign import assign, counterfactual_metrics, reward_metrics, set_apart
 from megatron_rema.reward.behaviour import behaviour_metrics, copy_ratio, leak_round, leaks_first, repetition, states_answer
+from megatron_rema.reward.functions import named_function
 from megatron_rema.reward.math_verifier import Judgement
 from megatron_rema.types import Action, Completion, Episode, EpisodeStatus, Prompt, Role, StopReason, Turn, Verdict
 
@@ -269,8 +270,7 @@ def test_components_do_not_lift_an_unfinished_dialogue():
 
 
 def test_a_reward_function_is_found_by_its_name():
-    assert reward_function("tests.unit.test_rewards:brevity").__name__ == "brevity"
-    assert reward_function(None) is None
+    assert named_function("reward.function", "tests.unit.test_rewards:brevity").__name__ == "brevity"
     for name, what in (("nowhere:at_all", "No module"), ("json:none", "no attribute"), ("json", "attribute"), ("math:pi", "float")):
         with pytest.raises(ValueError, match=rf"reward.function is '{name}'.*{what}"):
-            reward_function(name)
+            named_function("reward.function", name)
