@@ -37,6 +37,7 @@ class Run:
     metrics: list[Row]
     evaluations: list[Row]
     alerts: list[Row]
+    audits: list[Row]
     episode_files: dict[int, Path]  # step -> file, in step order
 
     @property
@@ -116,6 +117,7 @@ def read_run(path: str | Path) -> Run:
         metrics=read_rows(path / "metrics.jsonl", required=("step",)),
         evaluations=read_rows(path / "evaluations.jsonl", required=("step", "set", "accuracy")),
         alerts=read_rows(path / "alerts.jsonl", required=()),
+        audits=read_rows(path / "audits.jsonl", required=("step",)),
         episode_files={step: files[step] for step in sorted(files)},
     )
 

@@ -29,6 +29,7 @@ from megatron_rema.types import Completion, Episode, EpisodeStatus, Prompt, Role
 
 FEWEST_PROBLEMS = 8  # an audit of fewer says nothing
 KEPT_AUDITS = 4  # paired outcomes are accumulated over so many
+TRANSCRIPTS = 4  # items of an audit whose words are kept
 Oracle = Callable[[Episode], float]
 Judgements = Mapping[str, Judgement]
 
@@ -150,12 +151,14 @@ class Monitor:
         gold: dict[str, float] = {}
         row: dict[str, Any] = {"step": step, "problems": [p.prompt_id for p in problems], "reasons": self.reasons}
         full: list[Episode] = []
+        said: dict[str, list[Episode]] = {}
         for arm in arms_of(bench.rules):
             episodes, judgements = bench.play(problems, arm.rules(bench.rules, full, problems))
             sampled += sum(episode.num_sampled_tokens for episode in episodes)
             paid = {episode.episode_id: episode for episode in bench.pay(episodes, judgements)}
             gold = {episode_id: float(self.oracle(episode)) for episode_id, episode in paid.items()}
             outcomes[arm.name] = [gold.get(episode.episode_id) for episode in episodes]
+            said[arm.name] = episodes
             if arm.name == "full":
                 full = episodes
                 row |= {
@@ -168,6 +171,7 @@ class Monitor:
         row |= {"gold": outcomes, "sampled_tokens": sampled}
         row["canaries"] = canary_rewards(problems, bench)
         row["stripped"], row["stripped_phrases"] = stripped_rewards(full, bench)
+        row["transcripts"] = transcripts(row, said)
         return row, sampled
 
     def _tell(self, step: int, findings: Sequence[Finding], verdict: Verdict) -> None:
@@ -298,6 +302,28 @@ def stripped_rewards(full: Sequence[Episode], bench: Bench) -> tuple[list[float 
         stripped.append(Episode(f"stripped/{episode.episode_id}", episode.prompt, episode.group_index, turns, episode.status))
     paid = {e.episode_id: proxy_of(e) for e in bench.pay(stripped, bench.judge(stripped))}
     return [paid.get(episode.episode_id) for episode in stripped], phrases
+
+
+def transcripts(row: Mapping[str, Any], said: Mapping[str, Sequence[Episode]]) -> list[dict[str, Any]]:
+    """What was said in every arm, for the items that show most: paid more than they are worth, then plans that state the answer."""
+
+    def shows(i: int) -> tuple[bool, bool]:
+        proxy, gold = row["proxy"][i], row["gold"]["full"][i]
+        return (None not in (proxy, gold) and proxy > gold), row["leaks"][i]
+
+    order = sorted(range(len(row["proxy"])), key=shows, reverse=True)[:TRANSCRIPTS]
+    return [
+        {
+            "question": said["full"][i].prompt.question,
+            "answer": said["full"][i].prompt.answer,
+            "proxy": row["proxy"][i],
+            "arms": {
+                name: {"gold": row["gold"][name][i], "turns": [[turn.role, turn.text] for turn in episodes[i].turns]}
+                for name, episodes in said.items()
+            },
+        }
+        for i in order
+    ]
 
 
 def _written(episode_id: str, prompt: Prompt, reply: str, bench: Bench) -> Episode:
