@@ -279,6 +279,7 @@ class TrainerConfig:
     evaluation_temperatures: Annotated[list[NonNegative], Field(min_length=1)] = field(default_factory=lambda: [1.0])  # 0: greedy
     checkpoint_every: NonNegativeInt = 0  # 0: only after the last step
     keep_checkpoints: Count = 2
+    max_skipped_updates: NonNegativeInt = 5  # so many updates of a model in a row without finite gradients end the run; 0: none do
     asynchronous_checkpoints: bool = False  # write in a thread while training goes on, from a copy of the state in host memory
     save_hf: bool = True  # export each policy as a Hugging Face checkpoint at the end
     preflight: PreflightConfig = field(default_factory=PreflightConfig)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from megatron_rema.config import ConfigError, RunConfig, check, load
 from megatron_rema.trainer.restart import continued
 
 BAD_INPUT_EXIT_CODE = 2
+SILENCE_S = 5.0  # in which a rank that does not speak gives another one time to
 
 
 def config_dir() -> Path:
@@ -34,9 +36,39 @@ def config_dir() -> Path:
 
 
 def _say(message: str) -> None:
-    """One rank speaks: a message repeated by every rank of a large job hides itself."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr, flush=True)
+    """Rank 0 speaks: a message repeated by every rank of a large job hides itself. The others wait: as soon as one rank is gone its
+    launcher ends the rest, and that must not be before the message is out. A node whose launcher ends nobody has an error of its own, and
+    its first rank says it."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(SILENCE_S)
+        if os.environ.get("LOCAL_RANK", rank) != "0":
+            return
+        message = f"rank {rank}: {message}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _end(error: Exception, run_dir: str) -> None:
+    """Say what ended the run and exit, or, where it is a bug, return. The rank whose error came first speaks for all that agree with it;
+    of the others' errors most only follow from it: they get a line."""
+    from megatron_rema.trainer import faults
+
+    is_bad_input, rank = isinstance(error, ValueError), os.environ.get("RANK", "0")
+    message = str(error) if is_bad_input else faults.explained(error, run_dir)
+    if faults.is_consequence(error):
+        if message is None:
+            line = (str(error).splitlines() or [""])[0][:200]
+            print(f"rank {rank} ends after another rank's error ({type(error).__name__}: {line})", file=sys.stderr, flush=True)
+        time.sleep(SILENCE_S)  # see _say
+    elif message is None:
+        return
+    elif not faults.is_of_a_group(error):  # every rank came to it by itself
+        _say(message)
+    else:
+        print(f"error: {f'rank {rank}: ' if is_bad_input and rank != '0' else ''}{message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # Not sys.exit: ranks may already hold process groups whose clean-up waits for peers.
+    os._exit(BAD_INPUT_EXIT_CODE if is_bad_input else faults.EXIT_CODE)
 
 
 def _checked(cfg: DictConfig) -> RunConfig:
@@ -46,18 +78,19 @@ def _checked(cfg: DictConfig) -> RunConfig:
 
 
 def enter(name: str, run: Callable[[RunConfig], None]) -> None:
-    """Run ``run(config)`` for the command line in sys.argv. ValueError (bad input) ends with its message and exit code 2."""
+    """Run ``run(config)`` for the command line in sys.argv.
+
+    ValueError (ConfigError and every "field, value, rule, remedy" error of the rooms below) ends with its message and exit code 2; what
+    befell the run without being a bug (trainer/faults.py) with its message and 1.
+    """
 
     def guarded(cfg: DictConfig) -> None:
         try:
             run(_checked(cfg))
-        except ValueError as error:  # ConfigError and every "field, value, rule, remedy" error of the rooms below
-            if os.environ.get("MEGATRON_REMA_TRACEBACK"):
-                raise
-            _say(str(error))
-            sys.stdout.flush()
-            # Not sys.exit: ranks may already hold process groups whose clean-up waits for peers.
-            os._exit(BAD_INPUT_EXIT_CODE)
+        except Exception as error:
+            if not os.environ.get("MEGATRON_REMA_TRACEBACK"):
+                _end(error, str(cfg.get("run_dir")))
+            raise
 
     # megatron-core says on every import that Apex and Transformer Engine are missing: on CPU they cannot be there. And its checkpoints
     # use names that torch will rename one day.

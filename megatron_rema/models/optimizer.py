@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
@@ -19,6 +20,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_rema.models.offload import HostOffload
 from megatron_rema.models.policy import ParallelModel
+from megatron_rema.parallel import platform
 
 # ZeRO-1 state that loads at any tensor x pipeline x data layout
 _CHECKPOINT_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -76,12 +78,16 @@ class Optimizer:
         """Clip, update, move the schedule to ``position`` (None: one on). The k-th step (from 1) uses its value at k: warm-up starts at
         lr / warmup_steps.
 
-        Over the wire: one sum for the norm; under ZeRO-1 an all-gather of the new weights over data-parallel ranks.
+        Over the wire: one sum for the norm and, between data-parallel ranks, one number that says whether any of them must skip: a single
+        replica that skipped alone, for a fault of its own memory, would part from the others unseen. Under ZeRO-1 an all-gather
+        of the new weights over data-parallel ranks.
         """
         found_inf = self.megatron.prepare_grads()
         grad_norm = float(self.megatron.get_grad_norm())
-        if found_inf or not math.isfinite(grad_norm):
-            return StepResult(grad_norm=grad_norm, skipped=True, lr=self.lr)
+        must_skip = torch.tensor(float(found_inf or not math.isfinite(grad_norm)), device=platform.device())
+        dist.all_reduce(must_skip, op=dist.ReduceOp.MAX, group=self.model.groups.dp)
+        if must_skip:
+            return StepResult(grad_norm=math.nan if math.isfinite(grad_norm) else grad_norm, skipped=True, lr=self.lr)
         self.scheduler.step(1 if position is None else position - self.scheduler.num_steps)
         self.megatron.step()
         return StepResult(grad_norm=grad_norm, skipped=False, lr=self.lr)

@@ -14,7 +14,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -95,6 +95,20 @@ def _all_came(silent: list[int], wait_s: float) -> None:
             f"ranks {', '.join(map(str, silent))} did not report within {wait_s:g} s (trainer.preflight.wait_s); they hang or died before "
             "their first collective: look at their output and their hosts."
         )
+
+
+def is_first(store: dist.Store, name: str, *, wait_s: float) -> bool:
+    """Whether nobody asked before under this ``name``. True too where the store does not answer within ``wait_s``: it may be gone."""
+    answers: list[int] = []
+
+    def ask() -> None:
+        with suppress(RuntimeError):  # DistNetworkError among them: the store is gone
+            answers.append(store.add(name, 1))
+
+    asking = threading.Thread(target=ask, daemon=True)  # a store behind a cut link answers never
+    asking.start()
+    asking.join(wait_s)
+    return not answers or answers[0] == 1
 
 
 def gloo_address() -> str:

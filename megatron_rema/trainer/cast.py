@@ -22,11 +22,11 @@ from megatron_rema.models.policy import ParallelModel, build_policy
 from megatron_rema.parallel import platform
 from megatron_rema.parallel.exchange import gather
 from megatron_rema.parallel.groups import Groups, build_groups
-from megatron_rema.parallel.reach import meet
+from megatron_rema.parallel.reach import is_first, meet
 from megatron_rema.rollout.chat import ChatFormat
 from megatron_rema.rollout.counterfactual import Counterfactuals
 from megatron_rema.rollout.dialogue import DialogueRules
-from megatron_rema.trainer import preflight
+from megatron_rema.trainer import faults, preflight
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.types import Engine, Role
 
@@ -73,6 +73,9 @@ def process_group(config: RunConfig | None = None) -> Iterator[None]:
         if checked:
             preflight.check_collective(store, config, say)
         yield
+    except Exception as error:
+        faults.tell_rank(error, rank, is_first=is_first(store, "error", wait_s=5.0))
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -255,22 +258,21 @@ def sync_weights(policies: Mapping[str, Policy], engines: Mapping[str, Engine], 
 
 
 def export_hf(policies: Mapping[str, Policy], folder: Path) -> list[Path]:
-    """Every policy as a Hugging Face checkpoint in ``folder``/NAME. The run's own earlier export is replaced once the new one is whole.
+    """Every policy as a Hugging Face checkpoint in ``folder``/NAME. A collective."""
+    return [export_model(policy.model, policy.path, folder / name) for name, policy in policies.items()]
 
-    A collective.
-    """
-    written = []
-    first = dist.get_rank() == 0
-    for name, policy in policies.items():
-        target, fresh = folder / name, folder / f".{name}.new"
-        if first:
-            shutil.rmtree(fresh, ignore_errors=True)  # left by a run that was killed
-        dist.barrier()
-        with policy.model.resident():
-            save_hf(policy.model.modules, policy.model.arch, policy.path, fresh, policy.model.groups)
-        if first:
-            shutil.rmtree(target, ignore_errors=True)
-            fresh.rename(target)
-        written.append(target)
+
+def export_model(model: ParallelModel, source: str | Path, target: Path) -> Path:
+    """``model`` as the Hugging Face checkpoint ``target``, with config and tokenizer of ``source``. The run's own earlier export is
+    replaced once the new one is whole. A collective."""
+    first, fresh = dist.get_rank() == 0, target.with_name(f".{target.name}.new")
+    if first:
+        shutil.rmtree(fresh, ignore_errors=True)  # left by a run that was killed
     dist.barrier()
-    return written
+    with model.resident():
+        save_hf(model.modules, model.arch, source, fresh, model.groups)
+    if first:
+        shutil.rmtree(target, ignore_errors=True)
+        fresh.rename(target)
+    dist.barrier()
+    return target

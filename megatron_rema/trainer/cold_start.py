@@ -25,7 +25,7 @@ from megatron_rema.trainer.cast import (
 )
 from megatron_rema.trainer.diagnosis import find_non_finite, tell_skipped
 from megatron_rema.trainer.experience import pack_for_rank
-from megatron_rema.trainer.inputs import Inputs
+from megatron_rema.trainer.inputs import Inputs, Source
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
 from megatron_rema.trainer.scoring import label_logprobs
@@ -68,7 +68,8 @@ def train(config: RunConfig, inputs: Inputs) -> None:
                 metrics |= {prefix + name: value for name, value in own.items()}
             return metrics
 
-        fit(config, "cold start", dialogues, learners=learners, update=step, folder=folder, reporter=reporter)
+        source = Source.of("task.cold_start_file", config.task.cold_start_file, inputs.dialogues)
+        fit(config, "cold start", dialogues, source=source, learners=learners, update=step, folder=folder, reporter=reporter)
         if config.trainer.save_hf:
             for path in export_hf(policies, folder.path / "hf"):
                 reporter.say(f"policy exported: {path}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_rema.architecture import Architecture
 from megatron_rema.config import ConfigError, RunConfig, check_file, check_run_dir
@@ -26,6 +28,22 @@ class Inputs:
     pairs: Sequence[WrittenPair] = ()
     heldout_pairs: Sequence[WrittenPair] = ()
     reward_model: Architecture | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a run draws its examples from. A position in them means something only as long as they stay the same."""
+
+    field: str
+    file: str
+    content: str  # number and digest of the rows as they were read
+
+    @classmethod
+    def of(cls, field: str, file: str, rows: Sequence[Any]) -> Source:
+        digest = hashlib.sha256()
+        for row in rows:
+            digest.update(repr(row).encode(errors="surrogatepass"))
+        return cls(field, file, f"{len(rows)} rows, sha256 {digest.hexdigest()[:16]}")
 
 
 def read_for_training(config: RunConfig) -> Inputs:

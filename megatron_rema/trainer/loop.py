@@ -56,7 +56,8 @@ from megatron_rema.trainer.credit import (
 from megatron_rema.trainer.diagnosis import find_non_finite, tell_skipped
 from megatron_rema.trainer.evaluation import evaluate_sets, show
 from megatron_rema.trainer.experience import is_trainable, pack_for_rank
-from megatron_rema.trainer.inputs import Inputs
+from megatron_rema.trainer.faults import SkippedUpdates
+from megatron_rema.trainer.inputs import Inputs, Source
 from megatron_rema.trainer.integrity import Bench, Monitor, audit_problems
 from megatron_rema.trainer.preference import episode_scores
 from megatron_rema.trainer.progress import Reporter
@@ -96,6 +97,7 @@ class Study:
     checkpoints: state.Checkpoints
     reporter: Reporter
     position: state.Position
+    skipped: SkippedUpdates
     monitor: Monitor | None = None
     members: dict[str, list[float]] = field(default_factory=dict)  # what each head of the reward model says of the step's episodes
     steps_unclipped: int = 0  # in a row, since the start or the last resume
@@ -118,7 +120,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
         if inputs.reward_model is not None:
             layout = config.parallel.layout("reward_model")
             reward_model = build_model(config, inputs.reward_model, config.reward.model_path, layout, layouts, trainable=False)
-        position = state.restore(config, trained(policies), folder)
+        position = state.restore(config, trained(policies), folder, Source.of("task.train_file", config.task.train_file, inputs.prompts))
         rest(policies, reward_model)
         if position.step:
             reporter.say(f"resumed at step {position.step}")
@@ -141,6 +143,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
                 checkpoints=state.checkpoints_of(config, folder),
                 reporter=reporter,
                 position=position,
+                skipped=SkippedUpdates(config.trainer.max_skipped_updates),
                 monitor=monitor_of(config, inputs.prompts, folder, reporter, position.step),
             )
             run(study)
@@ -152,7 +155,6 @@ def run(study: Study) -> None:
     """All steps that are left, with evaluations and checkpoints in between, and the report."""
     config, position, reporter = study.config, study.position, study.reporter
     trainer = config.trainer
-    started = position.step
     sync_weights(study.policies, study.engines, position.weight_version)
     if position.step == 0:
         evaluate(study)
@@ -169,7 +171,7 @@ def run(study: Study) -> None:
             else:
                 study.checkpoints.finish_pending(wait=False)
     study.checkpoints.finish_pending()
-    if trainer.save_hf and (started < position.step or not (study.folder.path / "hf").exists()):
+    if trainer.save_hf:  # by a run that has no step left too: the one before it may have ended half-way through
         for path in export_hf(study.policies, study.folder.path / "hf"):
             reporter.say(f"policy exported: {path}")
     finish(study)
@@ -375,8 +377,10 @@ def train_policy(study: Study, policy: Policy, episodes: Sequence[Episode]) -> d
             first += len(part)
             if part:
                 results.append(update(study, policy, part, own))
+                study.skipped.count(results[-1], step=study.position.step + 1, owner=f"policy {policy.name}")
             reporter.advance(len(results))
     merged = {name: sum(row[name] for row in results) / len(results) for name in results[0]}
+    merged |= {name: float(sum(row[name] for row in results)) for name in merged if name.endswith("/skipped_updates")}
     if "sync/logprob_gap_max" in merged:
         merged["sync/logprob_gap_max"] = max(row["sync/logprob_gap_max"] for row in results)
     merged["train/dropped_traces"] = float(sum(map(len, parts)) - len(traces))

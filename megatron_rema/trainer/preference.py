@@ -8,25 +8,22 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rema.algorithm.preference import PreferenceStats, bootstrap_weights, bradley_terry
-from megatron_rema.bridge.weights import save_hf
 from megatron_rema.config import RewardModelConfig, RunConfig
 from megatron_rema.models.policy import ParallelModel
-from megatron_rema.parallel.exchange import broadcast
 from megatron_rema.parallel.microbatch import padded_tokens, plan_microbatches
 from megatron_rema.parallel.pipeline import reduce_stats
 from megatron_rema.rollout.dataset import WrittenPair
 from megatron_rema.rollout.traces import traces_of_dialogue
-from megatron_rema.trainer.cast import Critic, Layouts, adam, build_model, chat_formats, dialogue_rules, process_group
+from megatron_rema.trainer.cast import Critic, Layouts, adam, build_model, chat_formats, dialogue_rules, export_model, process_group
 from megatron_rema.trainer.diagnosis import find_non_finite, tell_skipped
 from megatron_rema.trainer.experience import pack, to_device
-from megatron_rema.trainer.inputs import Inputs
+from megatron_rema.trainer.inputs import Inputs, Source
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
 from megatron_rema.trainer.scoring import scalars
@@ -104,6 +101,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
             config,
             "reward model",
             pairs,
+            source=Source.of("task.preference_file", config.task.preference_file, inputs.pairs),
             learners={"reward_model": learner},
             update=step,
             folder=folder,
@@ -116,14 +114,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
                 (folder.path / "preference.json").write_text(
                     json.dumps({"heldout_pairs": len(heldout), "pairwise_accuracy": accuracy}) + "\n"
                 )
-        target = folder.path / "hf" / "reward_model"
-        if not _exists_anywhere(target):
-            save_hf(model.modules, arch, config.model.path, target, model.groups)
-        reporter.say(f"reward model exported: {target}")
-
-
-def _exists_anywhere(path: Path) -> bool:
-    return broadcast(path.exists(), src=0)
+        reporter.say(f"reward model exported: {export_model(model, config.model.path, folder.path / 'hf' / 'reward_model')}")
 
 
 def pairwise_accuracy(model: ParallelModel, pairs: Sequence[Pair], *, microbatch_tokens: int) -> float:

@@ -52,6 +52,9 @@ class Reporter:
             self._phase = self._bar.add_task(f"  {name}", total=total, note="")
         try:
             yield
+        except Exception as error:
+            error.add_note(f"in phase {name}")
+            raise
         finally:
             if self._bar is not None and self._phase is not None:
                 self._bar.remove_task(self._phase)

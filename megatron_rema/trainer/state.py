@@ -39,6 +39,8 @@ from megatron_rema.models.policy import ParallelModel
 from megatron_rema.parallel import platform
 from megatron_rema.parallel.exchange import gather
 from megatron_rema.trainer import manifest
+from megatron_rema.trainer.faults import RunFault, reason
+from megatron_rema.trainer.inputs import Source
 from megatron_rema.trainer.manifest import Seal
 from megatron_rema.trainer.run_folder import RunFolder
 
@@ -61,6 +63,7 @@ class Position:
     prompts_taken: int = 0  # problems drawn from the stream
     sampled_tokens: int = 0  # by the policies, in training rollouts
     weight_version: int = 0  # weight syncs done
+    data: str = ""  # what the problems were drawn from (Source.content)
     baselines: dict[str, list[float]] = field(default_factory=dict)  # role -> [sum, weight] of its running mean (algorithm.advantage=ema)
 
 
@@ -121,10 +124,13 @@ class Checkpoints:
             return None
         pending, self._pending = self._pending, None
         failure = pending.written.exception()
-        outcomes = gather(repr(failure) if failure else pending.written.result())
+        outcomes = gather(reason(failure) if failure else pending.written.result())
         failures = [f"rank {rank}: {outcome}" for rank, outcome in enumerate(outcomes) if isinstance(outcome, str)]
         if failures:
-            raise RuntimeError(f"checkpoint {pending.target} could not be written: {'; '.join(failures)}. Earlier checkpoints are whole.")
+            raise RunFault(
+                f"checkpoint {pending.target} could not be written: {'; '.join(failures)}. Earlier checkpoints are whole: remove the "
+                "cause, then continue from the latest with resume=true."
+            )
         for request in pending.requests:
             for finish in request.finalize_fns:
                 finish()
@@ -197,14 +203,18 @@ def load(path: Path, trained: Mapping[str, Trained]) -> Position:
     return Position(**stored)
 
 
-def restore(config: RunConfig, trained: Mapping[str, Trained], folder: RunFolder) -> Position:
+def restore(config: RunConfig, trained: Mapping[str, Trained], folder: RunFolder, source: Source | None = None) -> Position:
     """Where a resumed run continues: ``resume_from``, or its latest checkpoint, or the start. A collective.
 
+    Raises ValueError, before anything is cut, where the ranks' ``source`` is not the same, or not the one that the checkpoint counts in.
     Rows that later steps had written are cut, and later checkpoints are set aside as ``set_aside_step_NNNNNN``: nobody else deletes them.
     """
     chosen = config.resume_from
     path = Path(chosen) if chosen else latest(folder.checkpoints) if config.resume else None
     position = Position() if path is None else load(path, trained)
+    if source is not None:
+        _check_source(source, position, path)
+        position.data = source.content
     folder.cut_after(-1 if path is None else position.step)
     if folder.writes:
         _sweep(folder.checkpoints)
@@ -225,6 +235,22 @@ def set_aside_after(folder: Path, step: int) -> None:
     remaining = latest(folder)
     if remaining is not None:
         _point(folder, remaining)
+
+
+def _check_source(source: Source, position: Position, path: Path | None) -> None:
+    """A collective."""
+    contents = gather(source.content)
+    for rank, content in enumerate(contents):
+        if content != contents[0]:
+            raise ValueError(
+                f"{source.field} {source.file} holds {content} on rank {rank} and {contents[0]} on rank 0; all ranks must read the same "
+                "rows: copy the file anew, or put it on a file system that all hosts share."
+            )
+    if position.data and position.data != source.content:
+        raise ValueError(
+            f"{source.field} {source.file} holds {source.content}; checkpoint {path} was written by a run that drew from {position.data}, "
+            "and would go on among other examples: give the file that the run began with, or begin another run_dir."
+        )
 
 
 # --- one checkpoint ---------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from typing import TypeVar
 from megatron_rema.config import RunConfig, as_mapping
 from megatron_rema.trainer import state
 from megatron_rema.trainer.cast import Critic, Policy
+from megatron_rema.trainer.faults import SkippedUpdates
+from megatron_rema.trainer.inputs import Source
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
 
@@ -22,6 +24,7 @@ def fit(
     title: str,
     examples: Sequence[Example],
     *,
+    source: Source,
     learners: Mapping[str, Policy | Critic],
     update: Callable[[int, list[Example]], dict[str, float]],
     folder: RunFolder,
@@ -30,10 +33,10 @@ def fit(
     """``trainer.steps`` calls of ``update``, with the step's number (from 1) and ``trainer.global_batch_dialogues`` examples, from
     the latest checkpoint on."""
     trainer = config.trainer
-    position = state.restore(config, learners, folder)
+    position = state.restore(config, learners, folder, source)
     folder.write_config(as_mapping(config))
     reporter.say(f"{title}: {len(examples)} examples, {trainer.steps} steps of {trainer.global_batch_dialogues}")
-    checkpoints = state.checkpoints_of(config, folder)
+    checkpoints, skipped = state.checkpoints_of(config, folder), SkippedUpdates(trainer.max_skipped_updates)
     with ExitStack() as at_work, reporter.run(title, total=trainer.steps, done=position.step):
         for learner in learners.values():  # nobody else needs the device meanwhile
             at_work.enter_context(learner.optimizer.resident())
@@ -53,6 +56,7 @@ def fit(
                 checkpoints.save(position, learners)
             else:
                 checkpoints.finish_pending(wait=False)
+            skipped.count(metrics, step=position.step)
         checkpoints.finish_pending()
 
 

@@ -24,6 +24,7 @@ from megatron_rema.models.optimizer import Optimizer, build_optimizer
 from megatron_rema.models.policy import ParallelModel, build_policy
 from megatron_rema.parallel.groups import build_groups
 from megatron_rema.trainer import manifest, state
+from megatron_rema.trainer.inputs import Source
 from megatron_rema.trainer.run_folder import RunFolder
 from megatron_rema.trainer.state import Checkpoints, Position
 from tests.distributed.test_parallel_parity import QWEN2_TIED, REWARD_MODEL, gather, microbatches, objective
@@ -335,6 +336,37 @@ def test_going_back_sets_later_checkpoints_aside(checkpoints):
     names = {path.name for path in checkpoints.iterdir()}
     assert names == {"latest", "step_000001", "set_aside_step_000002", "set_aside_step_000003"}
     assert state.latest(checkpoints) == checkpoints / "step_000001"
+
+
+def goes_on_with(run_dir: str, file: str, rows: list[list[str]]) -> str:
+    """Resumes with the rows that this rank read; the message that refuses them, or the content that the position counts in."""
+    one, folder = learner(2), RunFolder(run_dir, writes=dist.get_rank() == 0)
+    source = Source.of("task.train_file", file, rows[dist.get_rank()])
+    try:
+        return state.restore(SimpleNamespace(resume=True, resume_from=None), {"agent": one}, folder, source).data
+    except ValueError as refused:
+        return str(refused)
+
+
+def saves_with_data(folder: str, content: str) -> None:
+    state.Checkpoints(Path(folder) / "checkpoints", keep=1).save(Position(step=1, data=content), {"agent": learner(2)})
+
+
+def test_a_run_goes_on_only_among_the_examples_that_it_began_with_and_that_all_ranks_read(run_ranks, tmp_path):
+    whole, cut = ["one", "two", "three"], ["one", "two"]
+    content = Source.of("task.train_file", "train.jsonl", whole).content
+    run_ranks(2, saves_with_data, str(tmp_path), content)
+    row = tmp_path / "metrics.jsonl"
+    row.write_text('{"step": 1}\n{"step": 2}\n')
+    for rows, words in (
+        ([cut, cut], ("task.train_file train.jsonl holds 2 rows", "drew from 3 rows", "give the file that the run began with")),
+        ([whole, cut], ("holds 2 rows", "on rank 1 and 3 rows", "on rank 0", "all ranks must read the same")),
+    ):
+        first, second = run_ranks(2, goes_on_with, str(tmp_path), "train.jsonl", rows)
+        assert first == second and all(word in first for word in words), first
+        assert row.read_text().count("\n") == 2, "nothing was cut"
+    assert run_ranks(2, goes_on_with, str(tmp_path), "train.jsonl", [whole, whole]) == [content, content]
+    assert row.read_text().count("\n") == 1
 
 
 # --- whole or absent --------------------------------------------------------------------------------------------------

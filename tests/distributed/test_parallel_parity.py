@@ -385,9 +385,9 @@ def test_two_policies_of_different_layout_live_in_one_process(run_ranks):
             assert_same_step(result, reference(run_ranks, QWEN2_TIED))
 
 
-def step_with_poisoned_gradient(options: dict) -> tuple:
+def step_with_poisoned_gradient(options: dict, pipeline: int) -> tuple:
     """The gradient of one parameter on one rank becomes inf; then a sound step follows."""
-    groups = build_groups(tensor=1, pipeline=2)
+    groups = build_groups(tensor=1, pipeline=pipeline)
     model = build_policy(QWEN2, groups=groups, seed=7, **options)
     optimizer = build_optimizer(model, lr=1e-2, warmup_steps=4, total_steps=10)
     before = [p.detach().clone() for p in model.module.parameters()]
@@ -404,9 +404,16 @@ def step_with_poisoned_gradient(options: dict) -> tuple:
     return bad, unchanged, good, finite
 
 
-@pytest.mark.parametrize("options", [{}, {"distributed_optimizer": True}], ids=["plain", "zero1"])
-def test_a_step_with_a_non_finite_gradient_is_skipped_on_every_rank(run_ranks, options):
-    for bad, unchanged, good, finite in run_ranks(2, step_with_poisoned_gradient, options):
+@pytest.mark.parametrize(
+    ("options", "pipeline"),
+    [
+        pytest.param({}, 2, id="plain"),
+        pytest.param({"distributed_optimizer": True}, 2, id="zero1"),
+        pytest.param({}, 1, id="one-replica-alone"),
+    ],
+)
+def test_a_step_with_a_non_finite_gradient_is_skipped_on_every_rank(run_ranks, options, pipeline):
+    for bad, unchanged, good, finite in run_ranks(2, step_with_poisoned_gradient, options, pipeline):
         assert bad.skipped and not np.isfinite(bad.grad_norm) and unchanged
         assert not good.skipped and finite
         assert good.lr == pytest.approx(1e-2 / 4)  # the first step that counts uses the first value of a warm-up over 4 steps

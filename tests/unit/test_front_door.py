@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rema.front_door import SILENCE_S
 from tests.tiny_task import save_tiny_task
 
 
@@ -42,6 +43,15 @@ def test_help_lists_every_config_group_without_loading_torch(door):
         assert f"{group}: " in result.stdout, group
     assert "cannot" not in result.stderr
     assert seconds < 10, seconds  # 0.4 s on a quiet machine; torch alone would add seconds. The figure itself is benchmarked, not tested
+
+
+def test_every_rank_finds_bad_input_and_the_first_says_so_before_another_can_end():
+    """A launcher ends all ranks as soon as one is gone: rank 1 must not be gone before rank 0 has spoken."""
+    for local_rank, said in (("1", ""), ("0", "error: rank 1: ")):  # where its node has no other rank to say it, it does
+        begin = time.monotonic()
+        result = run("rollout.rounds=3", RANK="1", LOCAL_RANK=local_rank, WORLD_SIZE="2")
+        assert time.monotonic() - begin > SILENCE_S and result.returncode == 2
+        assert result.stderr.startswith(said) and ("rollout.rounds" in result.stderr) is bool(said)
 
 
 WORLD_OF_2 = {"WORLD_SIZE": "2", "RANK": "0"}
