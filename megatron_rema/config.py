@@ -263,6 +263,8 @@ class TrainerConfig:
     keep_checkpoints: Count = 2
     asynchronous_checkpoints: bool = False  # write in a thread while training goes on, from a copy of the state in host memory
     save_hf: bool = True  # export each policy as a Hugging Face checkpoint at the end
+    # > 0: when no rank has got on for so long, name where each waits, and end with exit code 75 (trainer/watchdog.py)
+    watchdog_seconds: NonNegative = 1800.0
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
 
 

@@ -140,8 +140,9 @@ def _answer_process_globals() -> None:
 def _new_group(partition: list[list[int]]) -> ProcessGroup | None:
     """Every rank makes every group of ``partition`` (torch demands it); returned is the one this rank is in."""
     mine = None
+    timeout = dist.group.WORLD._get_backend(platform.device()).options._timeout  # torch would take the backend's default instead
     for ranks in partition:
-        group = dist.new_group(ranks)
+        group = dist.new_group(ranks, timeout=timeout)
         if dist.get_rank() in ranks:
             mine = group
     return mine
