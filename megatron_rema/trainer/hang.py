@@ -43,7 +43,7 @@ class Others:
         if pulse.get("has_left"):
             return float("inf")
         beats, since = self._first.get(rank, (None, 0.0))
-        began = now - pulse["idle_s"]  # an upper bound: the word is older than its reading
+        began = now - pulse["idle_s"]  # at the latest: the word is older than its reading
         if beats != pulse["beats"]:
             since = began
         self._first[rank] = pulse["beats"], min(since, began)
@@ -78,11 +78,11 @@ def suspects(statements: Sequence[Statement]) -> str:
     present = [s for s in statements if not s.has_left]
     outside = [s.rank for s in present if not s.collective]
     if outside and len(outside) < len(present):
-        return f"{_ranks(outside)} wait(s) in no collective, the others do: look at the stack there first"
+        return f"only {_ranks(outside)} in no collective: look at the stack there first"
     places = [(s.step, s.place) for s in present]
     behind = [s.rank for s in present if (s.step, s.place) != max(places, key=places.count)]
     if behind:
-        return f"{_ranks(behind)} wait(s) elsewhere than most: look there first"
+        return f"{_ranks(behind)} not where most are: look there first"
     return "all wait alike: look at the network between hosts, and at what each waits for"
 
 
@@ -91,7 +91,7 @@ def report_lines(statements: Sequence[Statement], limit_s: float) -> list[str]:
     alike: dict[tuple, list[Statement]] = {}
     for one in statements:
         alike.setdefault((not one.is_silent, one.has_left, one.step, one.place, one.collective, one.where), []).append(one)
-    lines = [f"HANG: no rank got on for {limit_s:g} s (trainer.watchdog_seconds); exit code {EXIT_CODE}. {suspects(statements)}."]
+    lines = [f"HANG: no rank got on for {limit_s:g} s (trainer.watchdog_seconds): {suspects(statements)}. Exit code {EXIT_CODE}."]
     for (answers, has_left, step, place, collective, where), group in sorted(alike.items(), key=lambda item: (item[0][0], len(item[1]))):
         hosts = sorted({one.host for one in group if one.host})
         who = _ranks([one.rank for one in group]) + (f" ({', '.join(hosts[:3])}{', ...' if len(hosts) > 3 else ''})" if hosts else "")
@@ -128,6 +128,9 @@ def latest_entries(recorder: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def with_recorder(one: Statement, recorder: Mapping[str, Any] | None) -> Statement:
-    """Where no Python frame names a collective (NCCL works beside Python, a pipeline waits on a handle) the recorder may."""
+    """With what the recorder holds open: beside the Python call, or alone where no frame names one (NCCL works beside Python, a pipeline
+    waits on a handle)."""
     held = open_collectives(recorder)
-    return one if one.collective or not held else replace(one, collective=held[0])
+    if not held:
+        return one
+    return replace(one, collective=f"{one.collective} ({held[0]})" if one.collective else held[0])

@@ -43,6 +43,7 @@ from megatron_rema.trainer.hang import EXIT_CODE, NAMED, Others, Statement, late
 COLLECTIVE_TIMEOUT = timedelta(days=1)  # of the backends where the watchdog is on: a rank may wait long for one that still gets on
 REPORT = "hang.json"
 MOVED_S = 1.0  # a rank says that it is in another phase after so long at most: the last word of one that is stopped is about as old
+STACK_LINES = 8  # printed; the file has all
 ANSWER_S = 5.0  # beyond two intervals: for a rank to tell, once asked
 
 
@@ -69,7 +70,7 @@ class Watchdog:
         self._store = dist.PrefixStore("watchdog", store.clone())  # a connection of its own: another thread's wait must not hold it up
         self._rank, self._world, self._limit_s, self._folder, self._pulse = rank, world, limit_s, Path(folder), pulse
         self._main_thread = main_thread or threading.main_thread().ident
-        self._leave = leave
+        self._leave, self._host = leave, socket.gethostname()
         self._interval_s = interval_s(limit_s)
         self._others, self._idle_s = Others(), dict.fromkeys(range(world), 0.0)
         self._words: dict[int, dict[str, Any]] = {}
@@ -125,6 +126,7 @@ class Watchdog:
         pulse = self._pulse
         idle_s = time.monotonic() - pulse.beat_at
         word = {"beats": pulse.beats, "idle_s": idle_s, "place": pulse.place, "step": pulse.step, "has_left": has_left}
+        word |= {"host": self._host, "pid": os.getpid()}
         self._store.set(f"pulse/{self._rank}", json.dumps(word))
 
     def _look(self) -> None:
@@ -136,6 +138,7 @@ class Watchdog:
 
     def _tell(self) -> None:
         """Say where this rank is; the first to claim it gathers what all say and reports. Ends the process."""
+        faulthandler.cancel_dump_traceback_later()
         store, rank = self._store, self._rank
         gathers = store.add("claims", 1) == 1
         own = self._testify()
@@ -150,7 +153,7 @@ class Watchdog:
             self._end()
             return
         self._look()
-        self._await([f"recorder/{other}" for other in range(self._world)], wait_s)
+        self._await([f"recorder/{r}" for r in range(self._world) if not self._words.get(r, {}).get("has_left")], wait_s)
         told = {r: self._told(f"statement/{r}") for r in range(self._world)}
         recorders = {r: self._told(f"recorder/{r}") for r in range(self._world)}
         statements = [self._silent(r) if word is None else Statement(**word) for r, word in told.items()]
@@ -169,7 +172,7 @@ class Watchdog:
             pulse.step,
             now - pulse.beat_at,
             phase_s=now - pulse.phase_at,
-            host=socket.gethostname(),
+            host=self._host,
             pid=os.getpid(),
             collective=collective,
             where=where,
@@ -177,9 +180,9 @@ class Watchdog:
         )
 
     def _silent(self, rank: int) -> Statement:
-        word = self._words.get(rank, {"place": "no phase it told of", "step": 0, "has_left": False})
-        left = word["has_left"]
-        return Statement(rank, word["place"], word["step"], 0.0 if left else self._idle_s[rank], is_silent=not left, has_left=left)
+        word = self._words.get(rank, {"place": "no phase it told of", "step": 0, "has_left": False, "host": "", "pid": 0})
+        place, left = {key: word[key] for key in ("place", "step", "host", "pid")}, word["has_left"]
+        return Statement(rank, **place, idle_s=0.0 if left else self._idle_s[rank], is_silent=not left, has_left=left)
 
     def _told(self, key: str) -> Any:
         return json.loads(self._store.get(key)) if self._store.check([key]) else None
@@ -213,8 +216,9 @@ class Watchdog:
                 lines.append(f"  stacks and flight recorders: {self._folder / name}")
             except OSError as error:  # a full disk must not keep the job from ending
                 lines.append(f"  {self._folder / name} could not be written: {error.strerror}")
-        for one in named[:NAMED]:
-            lines += [f"  stack of rank {one.rank}:", *(f"    {line}" for line in one.stack[-8:])] if one.stack else []
+        first_with = {tuple(one.stack[-STACK_LINES:]): one.rank for one in reversed(named) if one.stack}
+        for stack, rank in sorted(first_with.items(), key=lambda item: item[1])[:NAMED]:
+            lines += [f"  stack of rank {rank}:", *(f"    {line}" for line in stack)]
         print("\n".join(lines), file=sys.stderr, flush=True)
 
     def _end(self) -> None:
