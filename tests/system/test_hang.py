@@ -24,7 +24,7 @@ from tests.system.test_training import rows
 from tests.tiny_task import save_tiny_task
 
 pytestmark = pytest.mark.system
-LIMIT_S = 10
+LIMIT_S = 15  # the longest that a step of this tiny run, or the start of its engines, takes without a word on a busy machine
 REPORTED_WITHIN_S = 1.1 * LIMIT_S + 2 * LIMIT_S / 20 + 5 + 15  # the limit, its tenth, the wait for the silent rank, and a busy machine
 EVERY = os.environ.get("MEGATRON_REMA_HANGS") == "all"
 
@@ -144,14 +144,13 @@ def test_the_rank_that_is_stopped_is_named_with_its_phase_and_the_job_ends(task,
             seconds = job.wait_for(lambda number=number: job.said().count("\nHANG: ") == number, "the report", REPORTED_WITHIN_S)
             ended = time.monotonic()
             stopped = job.workers().get(rank)
-            if number < len(stops) or EVERY is False:  # torchrun waits 30 s for a stopped worker before it kills it: a test need not
-                time.sleep(1)
-                if is_stopped(stopped):
-                    stopped.send_signal(signal.SIGCONT)
+            time.sleep(1)
+            if is_stopped(stopped):  # torchrun waits 30 s for a stopped worker before it kills it: a test need not
+                stopped.send_signal(signal.SIGCONT)
             report = re.findall(r"^HANG: .*(?:\n  .*)*", job.said(), re.M)[number - 1]
             print(f"rank {rank} in {place}: reported after {seconds:.1f} s\n{report}")
             at = f"{place} (step {step})" if step else place
-            assert f"rank {rank} did not answer" in report and f"rank {rank}: SILENT, last seen in {at}, " in report, report
+            assert f"rank {rank} did not answer" in report and f"): SILENT, last seen in {at}, " in report, report
             assert f"\n  rank {1 - rank} (" in report and f"stack of rank {1 - rank}:" in report, report
             if run.is_dir():
                 written = json.loads((run / "hang.json").read_text())
