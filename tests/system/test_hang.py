@@ -79,6 +79,9 @@ class Job:
     def said(self) -> str:
         return self.log.read_text(errors="replace")
 
+    def reports(self) -> list[str]:
+        return re.findall(r"^HANG: .*(?:\n  .*)*", self.said(), re.M)
+
     def workers(self) -> dict[int, psutil.Process]:
         found = {}
         for worker in psutil.Process(self.process.pid).children():
@@ -141,13 +144,13 @@ def test_the_rank_that_is_stopped_is_named_with_its_phase_and_the_job_ends(task,
     try:
         for number, (rank, place, step) in enumerate(stops, 1):
             job.wait_for(lambda rank=rank: is_stopped(job.workers().get(rank)), f"rank {rank} stops in {place}", 120)
-            seconds = job.wait_for(lambda number=number: job.said().count("\nHANG: ") == number, "the report", REPORTED_WITHIN_S)
+            seconds = job.wait_for(lambda number=number: len(job.reports()) == number, "the report", REPORTED_WITHIN_S)
             ended = time.monotonic()
             stopped = job.workers().get(rank)
             time.sleep(1)
             if is_stopped(stopped):  # torchrun waits 30 s for a stopped worker before it kills it: a test need not
                 stopped.send_signal(signal.SIGCONT)
-            report = re.findall(r"^HANG: .*(?:\n  .*)*", job.said(), re.M)[number - 1]
+            report = job.reports()[number - 1]
             print(f"rank {rank} in {place}: reported after {seconds:.1f} s\n{report}")
             at = f"{place} (step {step})" if step else place
             assert f"rank {rank} did not answer" in report and f"): SILENT, last seen in {at}, " in report, report
@@ -161,7 +164,7 @@ def test_the_rank_that_is_stopped_is_named_with_its_phase_and_the_job_ends(task,
         print(f"torchrun ended {time.monotonic() - ended:.1f} s after the last report")
         said = job.said()
         assert job.process.returncode != 0 and f"exitcode  : {EXIT_CODE}" in said, said[-4000:]
-        assert said.count("\nHANG: ") == 2, "one report a hang, not one a rank"
+        assert len(job.reports()) == 2, "one report a hang, not one a rank"
         if first[1] > 1:
             assert f"resumed at step {first[1] - 1}" in said and [row["step"] for row in rows(run / "metrics.jsonl")] == [1, 2]
     finally:
