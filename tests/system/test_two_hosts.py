@@ -36,7 +36,7 @@ SETTINGS = [
     "parallel.actor.tensor=2",
     "parallel.actor.pipeline=2",
     f"trainer.steps={STEPS}",
-    "trainer.checkpoint_every=2",
+    f"trainer.checkpoint_every={2 if EVERY else 1}",
     "trainer.evaluation_problems=2",
     "trainer.save_hf=false",
     f"trainer.watchdog_seconds={WATCHDOG_S}",
@@ -70,7 +70,11 @@ def loses_power(job: Job) -> None:
 
 def comes_back(job: Job) -> None:
     job.hosts.link("up")
-    job.start_what_ended()
+    job.start_what_failed()
+
+
+def requeued(job: Job) -> None:
+    job.requeue()
 
 
 def rank_that_failed(job: Job, said: str) -> bool:
@@ -104,9 +108,10 @@ def nothing(job: Job) -> None:
     return
 
 
-KILLED = Fault("a host's processes are killed", 2, dies("b"), rank_that_failed, comes_back)
+KILLED = Fault("a host's processes are killed, both hosts are started again", 2, dies("b"), rank_that_failed, requeued)
 FAULTS = [
     KILLED,
+    Fault("a host's processes are killed, it alone is started again", 3, dies("b"), rank_that_failed, comes_back),
     Fault("the link is slow for two steps", 4, slow, None, nothing),
     Fault("the link is cut for a third of the watchdog's limit", 7, pause, None, nothing),
     Fault("the link is cut until the watchdog names it", 9, lambda job: job.hosts.link("down"), silent_ranks, comes_back),
@@ -130,7 +135,8 @@ def live_through(fault: Fault, job: Job, rng: random.Random) -> str:
     """The row of the table."""
     job.wait_for(lambda: len(job.rows()) >= fault.after_step, f"step {fault.after_step}", GOES_ON_WITHIN_S)
     time.sleep(rng.uniform(0, job.rows()[-1]["time_s"]))
-    done, resumed = len(job.rows()), job.said().count("\nresumed at step")
+    done, began_again = len(job.rows()), job.said().count("preflight collective")
+    assert done < STEPS, f"{fault.name}: the run ended before"
     already = {name: len(job.said_by(name)) for name in NAMES}
     began = time.monotonic()
     fault.happens(job)
@@ -142,7 +148,7 @@ def live_through(fault: Fault, job: Job, rng: random.Random) -> str:
         def is_named() -> bool:
             return any(fault.named(job, job.said_by(name)[already[name] :]) for name in alive)
 
-        job.wait_for(is_named, f"{fault.name}: nobody named it", NAMED_WITHIN_S)
+        job.wait_for(is_named, f"{fault.name}: nobody named it", NAMED_WITHIN_S, gives_up=True)
         named_s = time.monotonic() - began
     passed = time.monotonic()
     fault.passes(job)
@@ -150,17 +156,19 @@ def live_through(fault: Fault, job: Job, rng: random.Random) -> str:
 
     def goes_on() -> bool:
         if fault.named is not None:
-            job.start_what_ended()  # a launcher that gives up is started again, as a scheduler would
-        back = fault.named is None or job.said().count("\nresumed at step") > resumed
+            job.start_what_failed()  # a launcher that gives up is started again, as a scheduler would
+        back = fault.named is None or job.said().count("preflight collective") > began_again
         return back and job.steps_said() > steps
 
-    on_s = job.wait_for(goes_on, f"{fault.name}: the job goes on", GOES_ON_WITHIN_S) if done < STEPS else 0.0
-    again = re.findall(r"^resumed at step (\d+)", job.said(), re.M)[resumed:]
-    lost = f"{done - int(again[-1])} step(s) and the one in flight" if again else "nothing"
-    starts = [name for name, _ in job.starts[2:]]
+    starts = len(job.starts)
+    job.wait_for(goes_on, f"{fault.name}: the job goes on", GOES_ON_WITHIN_S, gives_up=True)
+    lost = "nothing"
+    if fault.named is not None:
+        resumed = re.findall(r"^resumed at step (\d+)", job.said(), re.M)
+        lost = f"steps {int(resumed[-1]) + 1 if resumed else 1} to {done} and the one in flight"
     return (
-        f"{fault.name}, {done} steps done | named after {named_s:.1f} s | next step {on_s:.1f} s after it passed "
-        f"({time.monotonic() - passed:.1f}) | lost: {lost} | launchers started again so far: {starts}"
+        f"{fault.name}, {done} steps done | named after {named_s:.1f} s | next step {time.monotonic() - passed:.1f} s after it passed | "
+        f"lost: {lost} | launchers that gave up meanwhile: {[name for name, _ in job.starts[starts:]]}"
     )
 
 

@@ -115,7 +115,10 @@ class Job:
         hosts, log = self.hosts, self.logs / f"{len(self.starts)}_{name}.txt"
         variables = {"NNODES": "2", "HEAD": f"{hosts.address('a')}:{PORT}", "JOB_ID": "two-hosts", "NPROC": "2", "MAX_RESTARTS": "20"}
         variables |= {"NODE_ADDR": hosts.address(name), "GLOO_SOCKET_IFNAME": INTERFACE}
-        script = f'hostname host-{name} && exec launch/multi_node.sh "$@"'
+        # `ip netns exec` gives the host mounts of its own; torchrun must be able to resolve its name
+        known = self.logs / "etc_hosts"
+        known.write_text("127.0.0.1 localhost\n" + "".join(f"{hosts.address(other)} host-{other}\n" for other in NAMES))
+        script = f'hostname host-{name} && mount --bind {known} /etc/hosts && exec launch/multi_node.sh "$@"'
         command = ["ip", "netns", "exec", hosts.namespace(name), "unshare", "--uts", "sh", "-c", script, "sh", *self.arguments]
         with log.open("w") as out:
             self.launchers[name] = subprocess.Popen(
@@ -141,19 +144,27 @@ class Job:
     def has_ended(self, name: str) -> bool:
         return self.launchers[name].poll() is not None
 
-    def wait_for(self, is_true: Callable[[], bool], what: str, within_s: float) -> float:
-        """Seconds until it was; fails the test with the ends of the logs."""
+    def wait_for(self, is_true: Callable[[], bool], what: str, within_s: float, *, gives_up: bool = False) -> float:
+        """Seconds until it was; fails the test with the ends of the logs. ``gives_up``: a launcher may end with an error meanwhile."""
         begin = time.monotonic()
         while not is_true():
-            if time.monotonic() - begin > within_s:
+            if time.monotonic() - begin > within_s or (any(launcher.poll() for launcher in self.launchers.values()) and not gives_up):
                 ends = "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}" for _, log in self.starts[-4:])
                 pytest.fail(f"{what}: not within {within_s:g} s\n{ends}")
             time.sleep(0.02)
         return time.monotonic() - begin
 
-    def start_what_ended(self) -> None:
-        """As a scheduler does that requeues the nodes of a job."""
+    def start_what_failed(self) -> None:
+        """As a scheduler does that starts the nodes of a job again one by one."""
         for name in NAMES:
-            if self.has_ended(name):
+            if self.launchers[name].poll():
                 self.hosts.kill_all(name)
                 self.start(name)
+
+    def requeue(self) -> None:
+        """As a scheduler does that starts all nodes again when one has failed."""
+        for name in NAMES:
+            self.hosts.kill_all(name)
+            self.launchers[name].wait()
+        for name in NAMES:
+            self.start(name)
