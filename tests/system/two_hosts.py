@@ -108,12 +108,19 @@ class Job:
     folder: Path  # of the run
     logs: Path
     arguments: list[str]
+    ranks: int  # of a host
     launchers: dict[str, subprocess.Popen] = field(default_factory=dict)
     starts: list[tuple[str, Path]] = field(default_factory=list)
 
     def start(self, name: str) -> None:
         hosts, log = self.hosts, self.logs / f"{len(self.starts)}_{name}.txt"
-        variables = {"NNODES": "2", "HEAD": f"{hosts.address('a')}:{PORT}", "JOB_ID": "two-hosts", "NPROC": "2", "MAX_RESTARTS": "20"}
+        variables = {
+            "NNODES": "2",
+            "HEAD": f"{hosts.address('a')}:{PORT}",
+            "JOB_ID": "two-hosts",
+            "NPROC": str(self.ranks),
+            "MAX_RESTARTS": "20",
+        }
         variables |= {"NODE_ADDR": hosts.address(name), "GLOO_SOCKET_IFNAME": INTERFACE}
         # `ip netns exec` gives the host mounts of its own; torchrun must be able to resolve its name
         known = self.logs / "etc_hosts"
