@@ -282,6 +282,8 @@ class TrainerConfig:
     max_skipped_updates: NonNegativeInt = 5  # so many updates of a model in a row without finite gradients end the run; 0: none do
     asynchronous_checkpoints: bool = False  # write in a thread while training goes on, from a copy of the state in host memory
     save_hf: bool = True  # export each policy as a Hugging Face checkpoint at the end
+    # > 0: when no rank has got on for so long, name where each waits, and end with exit code 75 (trainer/watchdog.py)
+    watchdog_seconds: NonNegative = 1800.0
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
 
 

@@ -46,8 +46,8 @@ def play_everywhere(
 
     with reporter.phase("generate", total=len(mine)):
         episodes = play(scheduler, engines, on_episode=verifier.submit if speaks else None, on_progress=progress)
-    with reporter.phase("verify"):
-        judgements = verifier.collect()
+    with reporter.phase("verify", total=len(mine)):
+        judgements = verifier.collect(on_progress=reporter.advance)
         rows = [
             {"index": index, "episode": episode.to_json(), "judgement": asdict(judgements[episode.episode_id])}
             for index, episode in zip(mine, episodes, strict=True)

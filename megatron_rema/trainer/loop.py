@@ -115,18 +115,23 @@ def train(config: RunConfig, inputs: Inputs) -> None:
         reporter.say(choose_kernels(config))
         total_steps = config.trainer.token_budget or config.trainer.steps * config.trainer.minibatches_per_step
         layouts = Layouts()
-        policies = build_policies(config, inputs.architectures, layouts, total_steps=max(total_steps, 1), with_others=True)
-        reward_model = None
-        if inputs.reward_model is not None:
-            layout = config.parallel.layout("reward_model")
-            reward_model = build_model(config, inputs.reward_model, config.reward.model_path, layout, layouts, trainable=False)
-        position = state.restore(config, trained(policies), folder, Source.of("task.train_file", config.task.train_file, inputs.prompts))
-        rest(policies, reward_model)
+        with reporter.phase("build models"):
+            policies = build_policies(config, inputs.architectures, layouts, total_steps=max(total_steps, 1), with_others=True)
+            reward_model = None
+            if inputs.reward_model is not None:
+                layout = config.parallel.layout("reward_model")
+                reward_model = build_model(config, inputs.reward_model, config.reward.model_path, layout, layouts, trainable=False)
+        with reporter.phase("restore"):
+            position = state.restore(
+                config, trained(policies), folder, Source.of("task.train_file", config.task.train_file, inputs.prompts)
+            )
+            rest(policies, reward_model)
         if position.step:
             reporter.say(f"resumed at step {position.step}")
         folder.write_config(as_mapping(config))
         reporter.say("starting engines")
-        engines = build_engines(config)
+        with reporter.phase("start engines"):
+            engines = build_engines(config)
         with VerifierPool(config.reward.verifier_processes, config.reward.verifier_timeout_s) as verifier:
             study = Study(
                 config=config,
@@ -155,7 +160,8 @@ def run(study: Study) -> None:
     """All steps that are left, with evaluations and checkpoints in between, and the report."""
     config, position, reporter = study.config, study.position, study.reporter
     trainer = config.trainer
-    sync_weights(study.policies, study.engines, position.weight_version)
+    with reporter.phase("sync"):
+        sync_weights(study.policies, study.engines, position.weight_version)
     if position.step == 0:
         evaluate(study)
     with reporter.run("train", total=trainer.steps, done=position.step):
@@ -170,9 +176,12 @@ def run(study: Study) -> None:
                 checkpoint(study)
             else:
                 study.checkpoints.finish_pending(wait=False)
-    study.checkpoints.finish_pending()
+    with reporter.phase("checkpoint"):
+        study.checkpoints.finish_pending()
     if trainer.save_hf:  # by a run that has no step left too: the one before it may have ended half-way through
-        for path in export_hf(study.policies, study.folder.path / "hf"):
+        with reporter.phase("export"):
+            paths = export_hf(study.policies, study.folder.path / "hf")
+        for path in paths:
             reporter.say(f"policy exported: {path}")
     finish(study)
 
@@ -185,7 +194,7 @@ def step(study: Study) -> dict[str, float]:
     """One rollout and the optimizer steps on it. Returns the step's metrics, equal on every rank."""
     config, position, reporter = study.config, study.position, study.reporter
     begin = time.perf_counter()
-    reporter.restart_clock()
+    reporter.begin_step(position.step + 1)
     prompts, played, judgements = draw(study)
     sampled = sampled_tokens(played)
     position.sampled_tokens += sampled
@@ -452,16 +461,17 @@ def minibatches(episodes: Sequence[Episode], count: int) -> list[list[Episode]]:
 
 
 def evaluate(study: Study) -> None:
-    results = evaluate_sets(
-        study.sets,
-        study.config,
-        rules=study.rules,
-        chat=study.chat,
-        engines=study.engines,
-        verifier=study.verifier,
-        reporter=study.reporter,
-        step=study.position.step,
-    )
+    with study.reporter.phase("evaluate"):
+        results = evaluate_sets(
+            study.sets,
+            study.config,
+            rules=study.rules,
+            chat=study.chat,
+            engines=study.engines,
+            verifier=study.verifier,
+            reporter=study.reporter,
+            step=study.position.step,
+        )
     for result in results:
         study.folder.evaluation(asdict(result))
         study.reporter.say(
@@ -471,7 +481,9 @@ def evaluate(study: Study) -> None:
 
 
 def checkpoint(study: Study) -> None:
-    study.reporter.say(f"checkpoint: {study.checkpoints.save(study.position, trained(study.policies))}")
+    with study.reporter.phase("checkpoint"):
+        target = study.checkpoints.save(study.position, trained(study.policies))
+    study.reporter.say(f"checkpoint: {target}")
 
 
 def explain(config: RunConfig, reporter: Reporter) -> None:
@@ -529,12 +541,13 @@ def alarm(study: Study, metrics: Mapping[str, float]) -> None:
 
 def finish(study: Study) -> None:
     """Rank 0 prints the evaluations side by side and writes the report."""
-    if study.folder.writes:
-        report = write_report(study.folder.path)
-        rows = study.folder.read("evaluations.jsonl")
-        show(study.reporter.console, rows, "evaluations (accuracy: answer right and dialogue finished)")
-        study.reporter.say(f"report: {Path(report)}")
-    dist.barrier()
+    with study.reporter.phase("report"):
+        if study.folder.writes:
+            report = write_report(study.folder.path)
+            rows = study.folder.read("evaluations.jsonl")
+            show(study.reporter.console, rows, "evaluations (accuracy: answer right and dialogue finished)")
+            study.reporter.say(f"report: {Path(report)}")
+        dist.barrier()
 
 
 def _headline(metrics: Mapping[str, float]) -> str:
