@@ -1,8 +1,8 @@
 """Hydra's side of ``python -m megatron_rema.train -m key=a,b``: which jobs there are, and where they run.
 
 ``hydra/sweeper=grid`` makes every combination of values; ``hydra/launcher=torchrun`` runs each as its own torchrun on this machine,
-``hydra/launcher=slurm`` hands them to SLURM. What they do is in ``megatron_rema/sweep``; this file is imported by every front door, for Hydra
-looks at all plug-ins, and must stay light.
+``hydra/launcher=slurm`` hands them to SLURM. What they do is in ``megatron_rema/sweep``; this file is imported by every front door, since
+Hydra looks at all plug-ins, and must stay light.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What every front door shares: compose the configuration, check it, and turn bad input into one message and exit code 2.
 
-``--help`` and ``--cfg`` are Hydra's own, ``-m`` is a sweep (hydra_plugins/megatron_rema_launchers.py); a plain run composes without Hydra's working-folder and logging machinery,
-which under torchrun would run once in every rank.
+``--help`` and ``--cfg`` are Hydra's own, ``-m`` is a sweep (hydra_plugins/megatron_rema_launchers.py); a plain run composes without Hydra's
+working-folder and logging machinery, which under torchrun would run once in every rank.
 """
 
 from __future__ import annotations

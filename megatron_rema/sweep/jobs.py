@@ -61,8 +61,8 @@ def make_jobs(door: str, chosen: Sequence[tuple[Sequence[str], RunConfig]], *, w
     folders = {config.run_dir for _, config in chosen}
     if len(folders) != 1:
         raise ConfigError(
-            f"run_dir differs between the jobs of the sweep ({', '.join(sorted(folders))}); it is the sweep's folder, in which every job gets "
-            "its own: give one run_dir=FOLDER."
+            f"run_dir differs between the jobs of the sweep ({', '.join(sorted(folders))}); it is the sweep's folder, in which every job "
+            "gets its own: give one run_dir=FOLDER."
         )
     folder = Path(folders.pop())
     kept = [tuple(o for o in overrides if key_of(o) not in OWNED) for overrides, _ in chosen]

@@ -117,7 +117,7 @@ def _slots(count: int | None, processes: int, devices: tuple[str, ...]) -> list[
     count = fits if count is None else count
     if count > fits or count < 1:
         raise ConfigError(
-            f"hydra.launcher.slots ({max(count, 1)}) * hydra.launcher.processes_per_job ({processes}) must not exceed the "
-            f"{len(devices)} GPU(s) {','.join(devices)}: lower one, name more in hydra.launcher.devices, or hydra.launcher.devices=[] for CPU."
+            f"hydra.launcher.slots ({max(count, 1)}) * hydra.launcher.processes_per_job ({processes}) must not exceed "
+            f"the {len(devices)} GPU(s) {','.join(devices)}: lower one, name more devices in hydra.launcher.devices, or [] for CPU."
         )
     return [Slot(number, devices[number * processes : (number + 1) * processes]) for number in range(count)]

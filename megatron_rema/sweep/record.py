@@ -53,7 +53,9 @@ class Record:
         now = {job.name: {"door": job.door, **job.settings} for job in self.jobs}
         for name in {**now, **before}:
             if name not in before or name not in now:
-                held = f"{len(before)} jobs, of which {name!r} is none" if name not in before else f"the job {name!r}, which is none of these"
+                held = (
+                    f"{len(before)} jobs, of which {name!r} is none" if name not in before else f"the job {name!r}, which is none of these"
+                )
                 self._refuse(f"holds {held}")
             if found := difference(before[name], now[name]):
                 self._refuse(f"was begun with {found[0]}={found[1]!r} (job {name}), and {found[0]} is {found[2]!r} now")

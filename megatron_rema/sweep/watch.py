@@ -82,15 +82,15 @@ class Watch:
     def ended(self, job: Job, *, seconds: float, exit_code: int, error: str) -> None:
         if exit_code == 0:
             mark_finished(job, seconds=round(seconds, 3))
-            self.record.change(job, state=State.FINISHED, seconds=round(seconds, 3))
+            self.record.change(job, state=State.FINISHED, seconds=round(seconds, 3), pid=None)
             self.say(f"{self._place(job)}: finished after {seconds:.0f} s")
         else:
-            self.record.change(job, state=State.FAILED, seconds=round(seconds, 3), exit_code=exit_code, error=error)
+            self.record.change(job, state=State.FAILED, seconds=round(seconds, 3), exit_code=exit_code, error=error, pid=None)
             self.say(f"{self._place(job)}: FAILED with exit code {exit_code} after {seconds:.0f} s; log {job.log}: {error}")
         self._drop(job)
 
     def stopped(self, job: Job) -> None:
-        self.record.change(job, state=State.STOPPED)
+        self.record.change(job, state=State.STOPPED, pid=None)
         self._drop(job)
 
     def tick(self, running: Sequence[Job]) -> None:
