@@ -94,14 +94,19 @@ def names_of(overrides: Sequence[Sequence[str]]) -> list[str]:
 
     Without ``=`` and commas: a path with these needs quotes on Hydra's command line.
     """
+    names = ["__".join(f"{_plain(key)}-{_plain(value)}" for key, value in own.items()) or "job" for own in swept_values(overrides)]
+    again = Counter(names)
+    return [name if again[name] == 1 else f"{number:03d}_{name}" for number, name in enumerate(names)]
+
+
+def swept_values(overrides: Sequence[Sequence[str]]) -> list[dict[str, str]]:
+    """Of each job the keys that are not the same in all, as short as they can be, and their values."""
     values = [{key_of(o): o.split("=", 1)[1] if "=" in o else "" for o in own} for own in overrides]
     keys = dict.fromkeys(key for own in values for key in own)
     swept = [key for key in keys if len({own.get(key) for own in values}) > 1]
     last = Counter(key.rsplit(".", 1)[-1] for key in swept)
     labels = {key: key.rsplit(".", 1)[-1] if last[key.rsplit(".", 1)[-1]] == 1 else key for key in swept}
-    names = ["__".join(f"{_plain(labels[key])}-{_plain(own[key])}" for key in swept if key in own) or "job" for own in values]
-    again = Counter(names)
-    return [name if again[name] == 1 else f"{number:03d}_{name}" for number, name in enumerate(names)]
+    return [{labels[key]: own[key] for key in swept if key in own} for own in values]
 
 
 def quoted(value: str) -> str:

@@ -40,8 +40,8 @@ class Record:
             strangers = sorted(path.name for path in self.folder.iterdir() if path.name != LOCK)
             if strangers:
                 raise ConfigError(
-                    f"run_dir {self.folder} is not empty and no sweep's folder (it holds {strangers[0]} and no {RECORD}); under -m it is the "
-                    "folder in which every job gets its own: choose another run_dir."
+                    f"run_dir {self.folder} is not empty and no sweep's folder (it holds {strangers[0]} and no {RECORD}); under -m it is "
+                    "the folder in which every job gets its own: choose another run_dir."
                 )
             return
         try:
@@ -53,10 +53,8 @@ class Record:
         now = {job.name: {"door": job.door, **job.settings} for job in self.jobs}
         for name in {**now, **before}:
             if name not in before or name not in now:
-                held = (
-                    f"{len(before)} jobs, of which {name!r} is none" if name not in before else f"the job {name!r}, which is none of these"
-                )
-                self._refuse(f"holds {held}")
+                there = "has no job" if name not in before else "has a job more,"
+                self._refuse(f"{there} {name!r}")
             if found := difference(before[name], now[name]):
                 self._refuse(f"was begun with {found[0]}={found[1]!r} (job {name}), and {found[0]} is {found[2]!r} now")
         for name, row in rows.items():
@@ -64,8 +62,8 @@ class Record:
 
     def _refuse(self, reason: str) -> None:
         raise ConfigError(
-            f"run_dir {self.folder} is the folder of another sweep: it {reason}; the same command continues a sweep: give that one, or choose "
-            "another run_dir."
+            f"run_dir {self.folder} is the folder of another sweep: it {reason}; the same command continues a sweep: give that one, or "
+            "choose another run_dir."
         )
 
     def change(self, job: Job, **facts: Any) -> None:

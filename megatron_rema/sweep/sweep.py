@@ -1,4 +1,4 @@
-"""A sweep told in order: take the folder, skip what is finished, run the rest, say what failed."""
+"""A sweep told in order: take the folder, skip what is finished, run the rest, compare them, say what failed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Protocol
 from rich.console import Console
 
 from megatron_rema.config import RunConfig
+from megatron_rema.report.compare import rich_tables
+from megatron_rema.report.compare_figure import write_comparison
+from megatron_rema.sweep.comparison import comparison_of
 from megatron_rema.sweep.jobs import Job, State, make_jobs
 from megatron_rema.sweep.record import Record, held, is_finished
 from megatron_rema.sweep.watch import Watch
@@ -59,7 +62,22 @@ def _close(watch: Watch, folder: Path) -> int:
         finished = sum(record.state(job) is State.FINISHED for job in record.jobs)
         watch.say(f"sweep {folder} stopped with {finished} of {len(record.jobs)} jobs finished; the same command continues it")
         return 128 + watch.signals[0]
+    _compare(watch, folder)
     for job in failed:
         facts = record.facts[job.name]
         print(f"error: job {job.name} ended with exit code {facts['exit_code']}; {job.log}: {facts['error']}", file=sys.stderr, flush=True)
     return FAILED_EXIT_CODE if failed else 0
+
+
+def _compare(watch: Watch, folder: Path) -> None:
+    """The one table and the one figure."""
+    jobs = watch.record.jobs
+    if not any((job.folder / name).is_file() for job in jobs for name in ("metrics.jsonl", "evaluations.jsonl")):
+        return  # all have failed before their first step, which is said next
+    comparison, missing = comparison_of([folder])
+    for table in rich_tables(comparison):
+        watch.console.print(table)
+    if missing:
+        watch.say(f"nothing to compare of {', '.join(missing)}")
+    for file in write_comparison(comparison, folder):
+        watch.say(f"comparison: {file}")

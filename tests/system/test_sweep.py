@@ -22,7 +22,7 @@ from tests.tiny_task import save_tiny_task
 
 pytestmark = pytest.mark.system
 DOOR = os.environ.get("MEGATRON_REMA_SWEEP", "sft")
-STEPS, EVERY = {"sft": (60, 5), "train": (6, 2)}[DOOR]
+STEPS, EVERY = {"sft": (40, 4), "train": (6, 2)}[DOOR]
 GRID = ["seed=0,1", "optimizer.lr=1e-3,2e-3,3e-3"]
 NAMES = [f"seed-{seed}__lr-{lr}" for seed in (0, 1) for lr in ("0.001", "0.002", "0.003")]
 SIZES = [
@@ -93,7 +93,6 @@ def test_a_sweep_of_six_jobs_is_killed_and_stopped_in_the_middle_continues_and_e
 
     # kill -9 of the sweep alone, once two jobs have ended and another has checkpoints: what it had started ends by itself
     killed = start(*command)
-    first_two = set(NAMES[:2])
     wait_until(
         lambda: sum(state == "finished" for state in states(folder).values()) >= 1 and bool(half_done(folder)),
         killed,
@@ -106,7 +105,7 @@ def test_a_sweep_of_six_jobs_is_killed_and_stopped_in_the_middle_continues_and_e
     killed.wait()
     half, finished = half_done(folder), [name for name, state in states(folder).items() if state == "finished"]
     before = {name: rows_so_far(folder / name) for name in finished}
-    assert set(finished) <= first_two | {NAMES[2]} and half, (finished, half)
+    assert half, "it was killed too late"
 
     # the same command at once: it waits for the old jobs to end; then SIGINT, as Ctrl-C sends it
     stopped = start(*command)
@@ -118,7 +117,7 @@ def test_a_sweep_of_six_jobs_is_killed_and_stopped_in_the_middle_continues_and_e
     out, err = stopped.communicate(timeout=100)
     assert stopped.returncode == 128 + signal.SIGINT, out + err
     assert "the same command continues it" in out and not any(child.is_running() for child in children), "Ctrl-C left something running"
-    assert set(states(folder).values()) == {"finished", "stopped", "waiting"}, states(folder)
+    assert {"finished", "stopped"} <= set(states(folder).values()) <= {"finished", "stopped", "waiting"}, states(folder)
 
     # to the end, without torch in the sweep's own process
     whole = run(*command, options=("-X", "importtime"))
@@ -133,6 +132,12 @@ def test_a_sweep_of_six_jobs_is_killed_and_stopped_in_the_middle_continues_and_e
     for name in half:
         assert f"{name}: continues at step" in whole.stdout + out and "resume=true" in tries(folder, name)[-1]
     assert tries(folder, NAMES[-1])[0].count("resume=true") == 0
+
+    # the table of all six, the table over seeds, the figure
+    table = (folder / "comparison.md").read_text()
+    assert all(f"| {name} |" in table for name in NAMES) and all(f"| {lr} |" in table for lr in ("0.001", "0.002", "0.003"))
+    assert (folder / "comparison.csv").read_text().count("\n") == 7 and "Over seeds" in table and "Over seeds" in whole.stdout
+    assert (folder / "comparison.png").stat().st_size > 10_000 and (folder / "comparison.svg").read_text().count("2 seeds") >= 1
 
 
 def test_one_job_that_fails_does_not_stop_the_others_and_is_named(tmp_path):
