@@ -94,3 +94,15 @@ class TorchrunLauncher(_SweepLauncher):
             return LocalQueue(**settings)
 
         super().__init__(make_queue)
+
+
+class SlurmLauncher(_SweepLauncher):
+    """Allocations of SLURM."""
+
+    def __init__(self, **settings: Any) -> None:
+        def make_queue() -> Queue:
+            from megatron_rema.sweep.slurm import SlurmQueue
+
+            return SlurmQueue(**settings)
+
+        super().__init__(make_queue)

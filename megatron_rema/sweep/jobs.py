@@ -19,7 +19,7 @@ from megatron_rema.report.run_folder import flat
 # Not settings of the run's computation: a sweep that is continued differs from itself in these.
 NOT_COMPARED = ("resume", "resume_from")
 OWNED = ("run_dir", "resume")  # keys that the sweep sets for each job
-_LONGEST_VALUE = 48  # characters of a value in a folder's name
+_LONGEST_VALUE = 40  # characters of a value in a folder's name, its last ones: paths differ there
 _PLAIN = re.compile(r"[A-Za-z0-9_./@%+-]+")  # what Hydra reads as it stands
 
 
@@ -119,4 +119,4 @@ def quoted(value: str) -> str:
 
 def _plain(text: str) -> str:
     """Characters that need no quotes in a shell, in Hydra and in a file name."""
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-")[:_LONGEST_VALUE] or "none"
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-")[-_LONGEST_VALUE:] or "none"

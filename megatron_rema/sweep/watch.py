@@ -128,11 +128,13 @@ def steps_done(job: Job) -> int:
     return 0
 
 
-def last_error(log: Path, begin: int) -> str:
-    """The last line from byte ``begin`` on that says what went wrong; else the last line at all."""
+def last_error(log: Path, begin: int, *others: Path) -> str:
+    """The last line from byte ``begin`` on that says what went wrong, or such a line of ``others``; else the last line at all."""
     lines = [line.strip() for line in tail(log, begin).splitlines() if line.strip()]
-    telling = [line for line in lines if _ERROR.search(line) and not _LAUNCHER.search(line)]
-    return (telling or lines or ["no output"])[-1][:500]
+    for candidates in (lines, *(tail(other, 0).splitlines() for other in others)):
+        if telling := [line.strip() for line in candidates if _ERROR.search(line) and not _LAUNCHER.search(line)]:
+            return telling[-1][:500]
+    return (lines or ["no output"])[-1][:500]
 
 
 def tail(file: Path, begin: int) -> str:
