@@ -8,9 +8,10 @@ Hydra looks at all plug-ins, and must stay light.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
@@ -37,22 +38,25 @@ class GridSweeper(Sweeper):
         self.launcher = Plugins.instance().instantiate_launcher(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def sweep(self, arguments: list[str]) -> None:
-        from megatron_rema.config import ConfigError
-        from megatron_rema.sweep.jobs import key_of
+        self.launcher.launch(grid(self.params, arguments, self.hydra_context.config_loader), initial_job_idx=0)
 
-        given = {key_of(argument): argument for argument in [*(f"{key}={value}" for key, value in self.params.items()), *arguments]}
-        given.pop("sweep", None)  # the file of conf/sweep that held params
-        choices = []
-        for override in OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides(list(given.values())):
-            if not override.is_sweep_override():
-                choices.append([override.input_line])
-            elif override.is_discrete_sweep():
-                choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
-            else:
-                raise ConfigError(
-                    f"{override.input_line} is an interval; a grid needs values: give them with commas, choice(...) or range(...)."
-                )
-        self.launcher.launch(list(itertools.product(*choices)), initial_job_idx=0)
+
+def grid(params: Mapping[str, Any], arguments: Sequence[str], config_loader: ConfigLoader | None = None) -> list[tuple[str, ...]]:
+    """The overrides of every job; the last key changes fastest. Raises ConfigError for what is no list of values."""
+    from megatron_rema.config import ConfigError
+    from megatron_rema.sweep.jobs import key_of
+
+    given = {key_of(argument): argument for argument in [*(f"{key}={value}" for key, value in params.items()), *arguments]}
+    given.pop("sweep", None)  # the file of conf/sweep that holds params
+    choices = []
+    for override in OverridesParser.create(config_loader=config_loader).parse_overrides(list(given.values())):
+        if not override.is_sweep_override():
+            choices.append([override.input_line])
+        elif override.is_discrete_sweep():
+            choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+        else:
+            raise ConfigError(f"{override.input_line} is an interval; a grid needs values: give them with commas, choice() or range().")
+    return list(itertools.product(*choices))
 
 
 class _SweepLauncher(Launcher):

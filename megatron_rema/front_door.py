@@ -86,6 +86,9 @@ def enter(name: str, run: Callable[[RunConfig], None]) -> None:
         else:
             application()
         return
+    if chosen := [argument for argument in arguments if argument.lstrip("+").startswith("sweep=")]:
+        _say(f"{chosen[0]} names a sweep, which is several runs; give -m as well: python -m megatron_rema.{name} -m {' '.join(arguments)}")
+        sys.exit(BAD_INPUT_EXIT_CODE)
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             cfg = compose("config", overrides=arguments)

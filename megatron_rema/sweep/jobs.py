@@ -111,7 +111,7 @@ def swept_values(overrides: Sequence[Sequence[str]]) -> list[dict[str, str]]:
 
 def quoted(value: str) -> str:
     """``value`` as Hydra's grammar reads it back."""
-    if _PLAIN.fullmatch(value):
+    if _PLAIN.fullmatch(value) and "/" in value:  # without a slash it may be a number, or null
         return value
     # Hydra takes a backslash for itself only where it stands before a quote
     return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value) + "'"
