@@ -104,7 +104,8 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     keys = dict.fromkeys(key for values in flats for key in values)
     if policies_differ:  # their names say it; what belongs to a policy that others do not have says nothing
         keys = {key: None for key in keys if not key.startswith("agents.policies.")}
-    found = [key for key in keys if any(values.get(key, NONE) != flats[0].get(key, NONE) for values in flats)]
+    known = [values for values in flats if values]  # a run without config.yaml differs in nothing that one could name
+    found = [key for key in keys if any(values.get(key, NONE) != known[0].get(key, NONE) for values in known)]
     ends = [key.rsplit(".", 1)[-1] for key in found]
     labels = {key: end if ends.count(end) == 1 else key for key, end in zip(found, ends, strict=True)}
     return [{labels[key]: _value(values.get(key, NONE)) for key in found} for values in flats]
