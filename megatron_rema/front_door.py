@@ -47,6 +47,9 @@ def _checked(cfg: DictConfig) -> RunConfig:
 
 def _swept(application: Callable[[], None]) -> None:
     """Hydra's multirun, whose errors end like any others: it would print what is wrong with a key as a traceback, with exit code 1."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _say("-m under torchrun would start one sweep a rank; it starts torchrun itself, once a job: python -m megatron_rema.train -m ...")
+        os._exit(BAD_INPUT_EXIT_CODE)
     wanted = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra pass exceptions on
     try:

@@ -74,6 +74,10 @@ def make_jobs(door: str, chosen: Sequence[tuple[Sequence[str], RunConfig]], *, w
                 f"resume_from is {config.resume_from} in a sweep; each of its jobs continues from its own latest checkpoint, by the same "
                 "command: remove resume_from."
             )
+        if config.score_file is not None:
+            raise ConfigError(
+                f"score_file is {config.score_file} in a sweep; scoring writes no run folder: score one file at a time, without -m."
+            )
         config = replace(config, run_dir=str(folder / name))
         try:
             check(config, world_size)

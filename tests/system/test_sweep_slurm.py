@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.system.test_launch import LOCAL, PATH
-from tests.system.test_sweep import ENVIRONMENT, SIZES, run, states
+from tests.system.test_sweep import ENVIRONMENT, SIZES, run, start, states, wait_until
 from tests.system.test_training import rows
 from tests.tiny_task import save_tiny_task
 
@@ -79,3 +81,14 @@ def test_jobs_are_handed_to_slurm_and_the_one_that_fails_is_named(tmp_path, monk
     lost = run(*command)
     assert lost.returncode == 2 and "SLURM job 999, of which sacct says nothing" in lost.stderr, lost.stderr
     assert len(list(Path(tmp_path, "spool").glob("*.state"))) == 2, "nothing was submitted"
+
+    # and one that is in the queue is waited for; Ctrl-C cancels it
+    record.write_text(record.read_text().replace('"slurm_job": "999"', '"slurm_job": "4712"'))
+    (tmp_path / "spool" / "4712.state").write_text("RUNNING\n")
+    found = start(*command)
+    wait_until(lambda: states(folder)[bad] == "running" and "pid" not in record.read_text(), found, "the job in the queue", timeout_s=100)
+    time.sleep(1)
+    found.send_signal(signal.SIGTERM)
+    out, err = found.communicate(timeout=100)
+    assert found.returncode == 128 + signal.SIGTERM and "as SLURM job 4712, submitted before" in out, out + err
+    assert (tmp_path / "spool" / "4712.state").read_text() == "CANCELLED\n" and states(folder)[bad] == "stopped"

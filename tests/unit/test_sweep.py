@@ -97,6 +97,8 @@ def test_the_sweep_sets_each_jobs_run_folder_and_checks_its_settings(tmp_path, b
         make_jobs("train", [(["seed=0"], replace(base, run_dir="a")), (["seed=1"], replace(base, run_dir="b"))], world_size=1)
     with pytest.raises(ConfigError, match="resume_from is x in a sweep"):
         make_jobs("train", [(["seed=0"], replace(base, resume=True, resume_from="x"))], world_size=1)
+    with pytest.raises(ConfigError, match="score_file is x in a sweep"):
+        make_jobs("evaluate", [(["seed=0"], replace(base, score_file="x"))], world_size=1)
 
 
 def test_the_same_sweep_finds_its_record_and_another_is_refused_by_what_differs(tmp_path, base):
@@ -175,6 +177,13 @@ def test_a_bad_sweep_ends_with_one_message_before_anything_begins(arguments, wor
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
     assert all(word in result.stderr for word in words) and not (tmp_path / "sweep").exists(), result.stderr
+
+
+def test_a_sweep_under_torchrun_is_refused():
+    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "none", "RANK": "0", "WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "megatron_rema.train", "-m", "seed=0,1"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert result.returncode == 2 and result.stderr.startswith("error: -m under torchrun"), result.stderr
 
 
 # --- slots ------------------------------------------------------------------------------------------------------------
