@@ -1,7 +1,7 @@
 """What every front door shares: compose the configuration, check it, and turn bad input into one message and exit code 2.
 
-``--help``, ``--cfg`` and ``-m`` are Hydra's own; a plain run composes without Hydra's working-folder and logging machinery,
-which under torchrun would run once in every rank.
+``--help`` and ``--cfg`` are Hydra's own, ``-m`` is a sweep (hydra_plugins/megatron_rema_launchers.py); a plain run composes without Hydra's
+working-folder and logging machinery, which under torchrun would run once in every rank.
 """
 
 from __future__ import annotations
@@ -77,6 +77,22 @@ def _checked(cfg: DictConfig) -> RunConfig:
     return config
 
 
+def _swept(application: Callable[[], None]) -> None:
+    """Hydra's multirun, whose errors end like any others: it would print what is wrong with a key as a traceback, with exit code 1."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _say("-m under torchrun would start one sweep a rank; it starts torchrun itself, once a job: python -m megatron_rema.train -m ...")
+        os._exit(BAD_INPUT_EXIT_CODE)
+    wanted = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra pass exceptions on
+    try:
+        application()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if wanted or os.environ.get("MEGATRON_REMA_TRACEBACK"):
+            raise
+        _say(" ".join(str(error).split()))
+        sys.exit(BAD_INPUT_EXIT_CODE)
+
+
 def enter(name: str, run: Callable[[RunConfig], None]) -> None:
     """Run ``run(config)`` for the command line in sys.argv.
 
@@ -99,8 +115,16 @@ def enter(name: str, run: Callable[[RunConfig], None]) -> None:
     arguments = sys.argv[1:]
     if any(argument.startswith("-") for argument in arguments):
         sys.argv[0] = name
-        hydra_main(version_base="1.3", config_path=str(config_dir()), config_name="config")(guarded)()
+        guarded.door = name  # what a sweep starts for each of its jobs
+        application = hydra_main(version_base="1.3", config_path=str(config_dir()), config_name="config")(guarded)
+        if {"-m", "--multirun"} & set(arguments):
+            _swept(application)
+        else:
+            application()
         return
+    if chosen := [argument for argument in arguments if argument.lstrip("+").startswith("sweep=")]:
+        _say(f"{chosen[0]} names a sweep, which is several runs; give -m as well: python -m megatron_rema.{name} -m {' '.join(arguments)}")
+        sys.exit(BAD_INPUT_EXIT_CODE)
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             cfg = compose("config", overrides=arguments)

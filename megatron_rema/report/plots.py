@@ -49,7 +49,7 @@ def draw_plots(run: Run) -> list[tuple[Path, str]]:
         panels = [panel for panel in build(run) if panel is not None]
         if panels:
             folder.mkdir(exist_ok=True)
-            _write_figure(panels, folder / f"{name}.png")
+            write_figure(panels, folder / f"{name}.png")
             written.append((folder / f"{name}.png", title))
     return written
 
@@ -269,7 +269,8 @@ def _name(axes: Any, title: str, unit: str) -> None:
     axes.set_ylabel(unit)
 
 
-def _write_figure(panels: Sequence[Panel], file: Path) -> None:
+def write_figure(panels: Sequence[Panel], *files: Path) -> None:
+    """The panels side by side, up to three in a row, once for each of ``files`` in the format that its suffix names."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -297,4 +298,5 @@ def _write_figure(panels: Sequence[Panel], file: Path) -> None:
             axes = figure.add_subplot(num_rows, num_columns, index + 1)
             panel(axes)
             axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
-        figure.savefig(file, format="png")
+        for file in files:
+            figure.savefig(file, format=file.suffix[1:])

@@ -122,6 +122,17 @@ def read_run(path: str | Path) -> Run:
     )
 
 
+def flat(mapping: Row, prefix: str = "") -> Row:
+    """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``; lists and empty mappings are values."""
+    found: Row = {}
+    for key, value in mapping.items():
+        if isinstance(value, dict) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
 def read_rows(file: Path, *, required: tuple[str, ...]) -> list[Row]:
     """The objects of a JSONL file, [] when there is no such file. Every row has the ``required`` keys, all numbers but ``set``."""
     if not file.is_file():
