@@ -12,7 +12,7 @@ class Gpu:
     """Peak figures of one device; what of them is reached is in `Assumptions`."""
 
     name: str
-    memory_gib: float
+    memory_gib: float  # that a process sees
     tflops: float  # bfloat16, dense
     memory_gb_per_s: float
     intra_node_gb_per_s: float  # to another device of the node, one direction
@@ -23,9 +23,9 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100", 80, 312, 2039, 300, 25, "NVIDIA A100 80GB SXM datasheet; NVLink 600 GB/s both ways; one HDR 200 Gb/s port a GPU"),
-        Gpu("h100", 80, 989, 3350, 450, 50, "NVIDIA H100 SXM datasheet; NVLink 900 GB/s both ways; one NDR 400 Gb/s port a GPU"),
-        Gpu("h200", 141, 989, 4800, 450, 50, "NVIDIA H200 SXM datasheet; NVLink 900 GB/s both ways; one NDR 400 Gb/s port a GPU"),
+        Gpu("a100", 79, 312, 2039, 300, 25, "NVIDIA A100 80GB SXM datasheet; NVLink 600 GB/s both ways; one HDR 200 Gb/s port a GPU"),
+        Gpu("h100", 79, 989, 3350, 450, 50, "NVIDIA H100 SXM datasheet; NVLink 900 GB/s both ways; one NDR 400 Gb/s port a GPU"),
+        Gpu("h200", 139, 989, 4800, 450, 50, "NVIDIA H200 SXM datasheet; NVLink 900 GB/s both ways; one NDR 400 Gb/s port a GPU"),
     )
 }
 
@@ -58,6 +58,7 @@ class Assumptions:
     """Everything that is not counted but assumed; each may be set. ``Where`` says what stands behind each figure."""
 
     training_efficiency: float = 0.40  # of tflops, in forward and backward
+    float32_slowdown: float = 15.0  # of float32 models
     prefill_efficiency: float = 0.45  # of tflops, in the engine's prefill
     decode_efficiency: float = 0.60  # of memory_gb_per_s, in the engine's decoding
     link_efficiency: float = 0.75  # of either link
@@ -73,6 +74,7 @@ class Assumptions:
 
 WHERE = {
     "training_efficiency": "assumed; megatron-core's README states up to 47% of peak on H100 for GPT models, packed RL batches reach less",
+    "float32_slowdown": "NVIDIA H100 SXM datasheet: 989 TFLOPS in bfloat16, 67 in float32",
     "prefill_efficiency": "assumed",
     "decode_efficiency": "assumed",
     "link_efficiency": "assumed",

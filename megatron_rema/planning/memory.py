@@ -138,7 +138,7 @@ def _head_backward(shard: Shard, work: Work, *, exact_kl: bool) -> Parts:
 
 
 def _layer_backward(shard: Shard, work: Work) -> Parts:
-    """Inside the last layer of a chunk: gradients of the gated activation beside its operands (its output and the final norm's are gone)."""
+    """Inside the last layer of a chunk: gradients of the gated activation beside its operands; its output and the final norm's are gone."""
     size, tokens = work.element_bytes, work.tokens
     width = tokens * shard.ffn_size * size
     residual = residual_bytes(shard, work)
