@@ -247,7 +247,12 @@ def advice(plan: Plan) -> list[tuple[str, Plan]]:
         twice = replace(plan.cluster, gpus=2 * plan.cluster.gpus)
         job = with_actor(plan.job, distributed_optimizer=True)
         priced.append((f"{twice.gpus} GPUs, half of them another data-parallel copy with distributed_optimizer=true", price(job, twice)))
-    return sorted(priced, key=lambda pair: (not pair[1].fits, pair[1].step_seconds if pair[1].fits else pair[1].peak))
+
+    def rank(pair: tuple[str, Plan]) -> tuple[bool, bool, float]:
+        after = pair[1]
+        return not after.fits, after.cluster.gpus > plan.cluster.gpus, after.step_seconds if after.fits else after.peak
+
+    return sorted(priced, key=rank)
 
 
 # --- a layout in one line ---------------------------------------------------------------------------------------------
