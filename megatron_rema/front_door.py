@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_rema.config import ConfigError, RunConfig, check, load
+from megatron_rema.planning.explain import everything
 from megatron_rema.trainer.restart import continued
 
 BAD_INPUT_EXIT_CODE = 2
@@ -41,8 +42,21 @@ def _say(message: str) -> None:
 
 def _checked(cfg: DictConfig) -> RunConfig:
     config = continued(load(cfg))
-    check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check(config, _world_size(config))
     return config
+
+
+def _world_size(config: RunConfig) -> int:
+    """The launcher's, unless ``explain`` asks what another would do. Raises ConfigError where a run is told a number that is not so."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.world_size in (None, launched):
+        return launched
+    if not config.explain:
+        raise ConfigError(
+            f"world_size is {config.world_size} and the launcher started {launched} rank(s); a run has the launcher's: leave it out, or "
+            "ask with explain=true what that number would mean."
+        )
+    return config.world_size
 
 
 def enter(name: str, run: Callable[[RunConfig], None]) -> None:
@@ -50,7 +64,11 @@ def enter(name: str, run: Callable[[RunConfig], None]) -> None:
 
     def guarded(cfg: DictConfig) -> None:
         try:
-            run(_checked(cfg))
+            config = _checked(cfg)
+            if not config.explain:
+                run(config)
+            elif os.environ.get("RANK", "0") == "0":
+                print("\n".join(everything(config, _world_size(config), name)))
         except ValueError as error:  # ConfigError and every "field, value, rule, remedy" error of the rooms below
             if os.environ.get("MEGATRON_REMA_TRACEBACK"):
                 raise

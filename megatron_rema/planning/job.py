@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron_rema.architecture import Architecture
 from megatron_rema.config import ConfigError, LayoutConfig, ParallelConfig, RunConfig
@@ -67,14 +67,24 @@ class Job:
     exact_kl: bool = False
     reward_model: Architecture | None = None
     fused_kernels: bool = True
+    has_engines: bool = True
+    has_models: bool = True  # false: an evaluation, which has engines alone
     assumptions: Assumptions = field(default_factory=Assumptions)
 
     @classmethod
-    def of(cls, config: RunConfig, architectures: Mapping[str, Architecture], reward_model: Architecture | None = None) -> Job:
+    def of(
+        cls,
+        config: RunConfig,
+        architectures: Mapping[str, Architecture],
+        reward_model: Architecture | None = None,
+        agents: Mapping[str, Agent] | None = None,
+    ) -> Job:
+        """``agents``: instead of the configuration's policies."""
         algorithm, sizes = config.algorithm, {"float32": 4, "bfloat16": 2}
         engine = config.engine
         return cls(
-            agents={n: Agent(architectures[n], len(policy.roles), policy.trainable) for n, policy in config.agents.policies.items()},
+            agents=agents
+            or {n: Agent(architectures[n], len(policy.roles), policy.trainable) for n, policy in config.agents.policies.items()},
             parallel=config.parallel,
             engine=EngineShape(engine.tensor, sizes[engine.dtype], engine.kv_cache_mib / 1024, engine.max_num_seqs),
             batch=BatchShape.of(config),
@@ -87,9 +97,21 @@ class Job:
             fused_kernels=config.kernels != "reference",
         )
 
+    @classmethod
+    def of_reward_model(cls, config: RunConfig, arch: Architecture) -> Job:
+        """What trains a reward model: nothing but it."""
+        alone = cls.of(config, {}, None, agents={"reward model": Agent(arch, roles=2)})  # of a pair, both
+        return replace(alone.policies_alone(), parallel=ParallelConfig(actor=config.parallel.layout("reward_model")))
+
+    def policies_alone(self) -> Job:
+        """As a cold start has them."""
+        return replace(self, critic=False, reference=False, exact_kl=False, reward_model=None, has_engines=False)
+
     @property
     def models(self) -> list[Model]:
         """In the order in which they are built."""
+        if not self.has_models:
+            return []
         found = []
         for name, agent in self.agents.items():
             found.append(Model(name, "policy", agent.arch, self.parallel.actor, agent.trainable, agent.roles))
@@ -154,6 +176,8 @@ def kv_bytes_per_token(arch: Architecture, engine: EngineShape) -> float:
 
 def engine_memory(job: Job, runtime: Runtime) -> Parts:
     """Of all agents' engines, awake."""
+    if not job.has_engines:
+        return {}
     engine, parts = job.engine, []
     for agent in job.agents.values():
         logits = engine.max_num_seqs * agent.arch.vocab_size * 4
@@ -207,11 +231,12 @@ def _of_rank(job: Job, world: int, runtime: Runtime, place: float) -> dict[str, 
     def beside(*working: str) -> list[Parts]:
         return [asleep, *(parts for name, parts in resting.items() if name not in working)]
 
+    idle = memory.added(beside())
     phases = {"generate": memory.added([awake, *resting.values()])}
     scores = [_score(job, by_name[name], shards[name], works[name], at_rest(by_name[name], has_weights=False)) for name in shards]
     names = list(shards)
     with_scores = [memory.added([*beside(name), parts]) for name, parts in zip(names, scores, strict=True) if parts is not None]
-    phases["score"] = max(with_scores, key=total) if with_scores else memory.added(beside())
+    phases["score"] = max(with_scores, key=total, default=idle)
     updates = []
     for model in job.models:
         if not model.trainable:
@@ -222,14 +247,14 @@ def _of_rank(job: Job, world: int, runtime: Runtime, place: float) -> dict[str, 
         if exact:
             own = memory.added([own, {"reference weights": total(memory.weights(shards[reference], works[reference]))}])
         updates.append(memory.added([*beside(model.name, *([reference] if exact else [])), own]))
-    phases["update"] = max(updates, key=total)
+    phases["update"] = max(updates, key=total, default=idle)
     syncs = []
     for model in job.models:
         if model.kind == "policy":
             own = memory.added([memory.weights(shards[model.name], works[model.name]), at_rest(model, has_weights=False)])
             others = [parts for name, parts in resting.items() if name != model.name]
             syncs.append(memory.added([awake, *others, own, {"workspace": _largest_tensor(model.arch, job.element_bytes)}]))
-    phases["sync"] = max(syncs, key=total)
+    phases["sync"] = max(syncs, key=total, default=phases["generate"])
     return phases
 
 
@@ -261,7 +286,7 @@ def host_memory(job: Job, world: int) -> float:
             state = memory.optimizer_state(shard, work)["optimizer"] if model.trainable else 0.0
             stages.append(total(memory.weights(shard, work)) + state)
         kept += max(stages)
-    return kept + engine_memory(job, CPU)["engine weights"]
+    return kept + engine_memory(job, CPU).get("engine weights", 0.0)
 
 
 def binding(phases: Mapping[str, Parts]) -> str:

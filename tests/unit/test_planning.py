@@ -15,6 +15,7 @@ import pytest
 from megatron_rema.architecture import Architecture
 from megatron_rema.config import ConfigError, LayoutConfig, ParallelConfig
 from megatron_rema.planning.batch import BatchShape
+from megatron_rema.planning.explain import everything, settings
 from megatron_rema.planning.hardware import CPU, GIB, GPUS, WHERE, Assumptions, Cluster, Runtime, with_settings
 from megatron_rema.planning.job import Agent, EngineShape, Job, host_memory, kv_bytes_per_token, phase_memory
 from megatron_rema.planning.memory import Work, activations, in_flight, layer_bytes, optimizer_state, scoring, total, updating, weights
@@ -398,3 +399,64 @@ def test_planning_leaves_torch_out():
 def test_memory_of_the_whole_is_that_of_its_purposes():
     for parts in phase_memory(job(), 8, Runtime.cuda(Assumptions())).values():
         assert total(parts) < 400 * GIB and all(value >= 0 for value in parts.values())
+
+
+# --- explain=true -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_says_first_what_explain_says_first():
+    text = explained("trainer.minibatches_per_step=2", "parallel.actor={tensor:2,pipeline:1}")
+    assert text[:2] == settings(config_of("trainer.minibatches_per_step=2", "parallel.actor={tensor:2,pipeline:1}"), 64)
+    assert text[0] == "64 ranks: actor tensor 2 x pipeline 1 x data 32; 64 vllm engines of 1 rank(s) per policy"
+
+
+def test_every_derived_number_is_said_and_follows_from_the_settings():
+    text = "\n".join(explained("trainer.minibatches_per_step=2", "parallel.actor={tensor:2,pipeline:1}"))
+    # 32 x 8 episodes of 16 turns of 512 tokens, but of 4096 in all; 100 steps; 64 engines
+    assert "rollout: 32 prompts x 8 episodes = at most 256 episodes a step; at most 16 turns each (8 rounds x 2 role(s))" in text
+    assert "of 512 tokens, 4,096 in all" in text and "tokens: at most 1,048,576 sampled a step, 104,857,600 in 100 steps" in text
+    assert "each of 64 plays about 4 episodes of a draw" in text
+    # both roles' traces: 512 a step, 256 an update, 8 on each of 32 ranks, of a whole context each: 32,768 tokens, 4 microbatches
+    assert "policy shared: at most 512 traces of 4,096 tokens a step, 256 an update, 8 on each of 32 data-parallel rank(s): 4 micro" in text
+    assert "updates: 2 per rollout, 200 of each policy in 100 steps" in text
+    assert "clip: cannot act in the first of 2 updates of a rollout" in text and "above 1.2 with a positive advantage" in text
+    # a token's keys and values: 2 x 28 layers x 4 heads x 128 x 4 bytes = 112 KiB; of 4096 tokens: 448 MiB
+    assert "its cache holds 0 whole contexts of shared: raise engine.kv_cache_mib (64) to at least 448" in text
+    assert text.count("memory of the fullest rank, GiB") == 2
+
+
+def test_one_update_a_rollout_is_said_to_have_no_clip():
+    text = "\n".join(explained())
+    assert "clipping never acts" in text and "clip: cannot act, at any setting" in text
+
+
+@pytest.mark.parametrize(
+    ("door", "words"),
+    [
+        ("sft", "batch: 64 dialogues an optimizer step, 2 view(s) each: 2 views on each of 64 data-parallel rank(s)"),
+        ("train_reward_model", "batch: 64 pairs an optimizer step, 2 view(s) each"),
+        ("evaluate", "dialogue(s) a problem over temperatures 1"),
+    ],
+)
+def test_other_front_doors_explain_what_they_do(door, words):
+    text = "\n".join(everything(config_of(), 64, door))
+    assert words in text and "rollout:" not in text
+
+
+def test_explain_counts_separate_agents_and_alternation():
+    text = "\n".join(explained("agents=separate", "agents.schedule=alternating", "agents.alternate_every=5"))
+    assert text.count("at most 256 traces of 4,096 tokens a step") == 2, "each agent's own role"
+    assert "updates: 1 per rollout, 50 of each policy in 100 steps, one policy for 5 steps at a time" in text
+
+
+def config_of(*words: str):
+    from hydra import compose, initialize_config_dir
+
+    from megatron_rema.config import load
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return load(compose("config", overrides=["model.path=qwen2.5-7b", *words]))
+
+
+def explained(*words: str) -> list[str]:
+    return everything(config_of(*words), 64, "train")
