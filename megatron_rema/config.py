@@ -310,6 +310,8 @@ class RunConfig:
     private_run_dir: bool = True  # a new run folder is for its owner only (mode 0700); false: as the umask says
     resume: bool = False  # continue run_dir from its latest checkpoint; what the launcher starts again does so by itself
     resume_from: str | None = None  # with resume: this checkpoint instead of the latest
+    explain: bool = False  # print every derived number and end, without a device or a process group
+    world_size: Count | None = None  # ranks that explain counts with; None: those of the launcher
     score_file: str | None = None  # evaluate: score saved responses instead of playing dialogues
 
     @property

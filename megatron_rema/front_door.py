@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_rema.config import ConfigError, RunConfig, check, load
+from megatron_rema.planning.explain import everything
 from megatron_rema.trainer.restart import continued
 
 BAD_INPUT_EXIT_CODE = 2
@@ -73,7 +74,7 @@ def _end(error: Exception, run_dir: str) -> None:
 
 def _checked(cfg: DictConfig) -> RunConfig:
     config = continued(load(cfg))
-    check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check(config, _world_size(config))
     return config
 
 
@@ -93,6 +94,19 @@ def _swept(application: Callable[[], None]) -> None:
         sys.exit(BAD_INPUT_EXIT_CODE)
 
 
+def _world_size(config: RunConfig) -> int:
+    """The launcher's, unless ``explain`` asks what another would do. Raises ConfigError where a run is told a number that is not so."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.world_size in (None, launched):
+        return launched
+    if not config.explain:
+        raise ConfigError(
+            f"world_size is {config.world_size} and the launcher started {launched} rank(s); a run has the launcher's: leave it out, or "
+            "ask with explain=true what that number would mean."
+        )
+    return config.world_size
+
+
 def enter(name: str, run: Callable[[RunConfig], None]) -> None:
     """Run ``run(config)`` for the command line in sys.argv.
 
@@ -102,7 +116,11 @@ def enter(name: str, run: Callable[[RunConfig], None]) -> None:
 
     def guarded(cfg: DictConfig) -> None:
         try:
-            run(_checked(cfg))
+            config = _checked(cfg)
+            if not config.explain:
+                run(config)
+            elif os.environ.get("RANK", "0") == "0":
+                print("\n".join(everything(config, _world_size(config), name)))
         except Exception as error:
             if not os.environ.get("MEGATRON_REMA_TRACEBACK"):
                 _end(error, str(cfg.get("run_dir")))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_rema.config import RunConfig, TrainerConfig, as_mapping
 from megatron_rema.models.policy import ParallelModel
+from megatron_rema.planning.explain import settings
 from megatron_rema.report.page import write_report
 from megatron_rema.reward.assign import Assigned, assign, counterfactual_metrics, reward_metrics, set_apart
 from megatron_rema.reward.behaviour import behaviour_metrics
@@ -487,30 +488,9 @@ def checkpoint(study: Study) -> None:
 
 
 def explain(config: RunConfig, reporter: Reporter) -> None:
-    """What the settings amount to, before the first token is sampled."""
-    rollout, trainer, algorithm = config.rollout, config.trainer, config.algorithm
-    updates = trainer.minibatches_per_step
-    clip = (
-        f"clip [{1 - algorithm.clip_low:g}, {1 + algorithm.clip_high:g}] on {algorithm.ratio_level} ratios"
-        if updates > 1
-        else "one update per rollout: the ratio is identically 1 and clipping never acts"
-    )
-    world = dist.get_world_size()
-    models = ["actor"] + ["critic"] * (algorithm.advantage == "gae") + ["reference"] * algorithm.needs_reference
-    models += ["reward_model"] * (config.reward.model_path is not None)
-    cuts = []
-    for model in models:
-        layout = config.parallel.layout(model)
-        cuts.append(f"{model} tensor {layout.tensor} x pipeline {layout.pipeline} x data {world // (layout.tensor * layout.pipeline)}")
-    reporter.say(
-        f"{world} ranks: {', '.join(cuts)}; "
-        f"{world // config.engine.tensor} {config.engine.name} engines of {config.engine.tensor} rank(s) per policy"
-    )
-    reporter.say(
-        f"{rollout.prompts_per_step} prompts x {rollout.episodes_per_prompt} episodes a step, {updates} update(s) per rollout; {clip}; "
-        f"credit by {algorithm.credit}; roles {', '.join(config.roles)}; policies {', '.join(config.agents.policies)} "
-        f"({config.agents.schedule})"
-    )
+    """What the settings amount to, before the first token is sampled; ``explain=true`` says more and starts nothing."""
+    for line in settings(config, dist.get_world_size()):
+        reporter.say(line)
 
 
 def alarm(study: Study, metrics: Mapping[str, float]) -> None:

@@ -20,7 +20,7 @@ import yaml
 from megatron_rema.config import ConfigError, RunConfig, as_mapping
 
 LAUNCH, CONFIG = "launch.json", "config.yaml"
-_NOT_COMPARED = ("resume", "resume_from")
+_NOT_COMPARED = ("resume", "resume_from", "explain", "world_size")
 
 
 def continued(config: RunConfig) -> RunConfig:
