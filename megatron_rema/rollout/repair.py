@@ -25,7 +25,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from megatron_rema.rollout.dataset import WrittenDialogue, brief, rows_of, text_field
+from megatron_rema.reading import brief, whole_text
+from megatron_rema.rollout.dataset import WrittenDialogue, rows_of, text_field
 from megatron_rema.types import Role, Verdict
 
 # Talk about making the set, by kind: what was asked of the rewriter, in any message; and, in the planner's first message, a finished
@@ -312,7 +313,7 @@ def _messages(row: dict[str, Any], where: str) -> tuple[str, ...]:
     for i, pair in enumerate(history):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise ValueError(f"{where}: field 'history[{i}]' must be a pair of texts [heard, said], got {brief(pair)}.")
-        messages += pair
+        messages += (whole_text(text, where, f"history[{i}]") for text in pair)
     return (*messages, _string(row, "instruction", where), _string(row, "output", where))
 
 
@@ -321,4 +322,4 @@ def _string(row: dict[str, Any], key: str, where: str) -> str:
         raise ValueError(
             f"{where}: field {key!r} must be text, got {brief(row.get(key))}; a row has instruction, output, system and history."
         )
-    return row[key]
+    return whole_text(row[key], where, key)
