@@ -39,6 +39,15 @@ def _say(message: str) -> None:
         print(f"error: {message}", file=sys.stderr, flush=True)
 
 
+def composed_from(arguments: list[str]) -> DictConfig:
+    """What Hydra makes of the command line. Raises ConfigError."""
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            return compose("config", overrides=arguments)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(" ".join(str(error).split()) + " See --help for every key and group.") from error
+
+
 def _checked(cfg: DictConfig) -> RunConfig:
     config = continued(load(cfg))
     check(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -69,9 +78,8 @@ def enter(name: str, run: Callable[[RunConfig], None]) -> None:
         hydra_main(version_base="1.3", config_path=str(config_dir()), config_name="config")(guarded)()
         return
     try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            cfg = compose("config", overrides=arguments)
-    except (HydraException, OmegaConfBaseException) as error:
-        _say(" ".join(str(error).split()) + " See --help for every key and group.")
+        cfg = composed_from(arguments)
+    except ConfigError as error:
+        _say(str(error))
         sys.exit(BAD_INPUT_EXIT_CODE)
     guarded(cfg)
