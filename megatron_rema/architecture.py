@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from megatron_rema.reading import brief, is_file, json_object
 
 FAMILIES = ("qwen2", "qwen3", "llama")
@@ -22,6 +24,8 @@ _LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_
 _VOCAB_MULTIPLE = 8
 
 _LARGEST = 2**31 - 1  # of a size: what indices of tensors hold
+_SIZES = ("hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "max_positions")
+_MOST_LAYERS = 4096
 _MOST_PARTS = 4096  # that are offered where a layout does not fit
 
 
@@ -66,10 +70,10 @@ class Architecture:
             raise ValueError(f"{source}: model_type is {brief(family)}; supported are {', '.join(FAMILIES)}: choose such a checkpoint.")
         _refuse_what_we_cannot_train(config, family, source)
 
-        def need(key: str, default: int | None = None) -> int:
+        def need(key: str, default: int | None = None, most: int = _LARGEST) -> int:
             value = default if config.get(key) is None else config[key]
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
-                raise ValueError(f"{source}: {key} is {brief(value)}; it must be an integer from 1 to {_LARGEST}: correct the file.")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise ValueError(f"{source}: {key} is {brief(value)}; it must be an integer from 1 to {most}: correct the file.")
             return value
 
         heads, hidden = need("num_attention_heads"), need("hidden_size")
@@ -77,7 +81,7 @@ class Architecture:
         num_scalars = _num_scalars(config, source)
         arch = cls(
             family=family,
-            num_layers=need("num_hidden_layers"),
+            num_layers=need("num_hidden_layers", most=_MOST_LAYERS),
             hidden_size=hidden,
             ffn_hidden_size=need("intermediate_size"),
             num_heads=heads,
@@ -100,6 +104,20 @@ class Architecture:
                 f"{source}: num_attention_heads ({arch.num_heads}) must be a multiple of num_key_value_heads ({arch.num_kv_heads}); "
                 f"got remainder {arch.num_heads % arch.num_kv_heads}: correct the file."
             )
+        return arch
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any], *, source: str) -> Architecture:
+        """What ``dataclasses.asdict`` gave, back from a checkpoint's state.json. Raises ValueError naming the field."""
+        try:
+            arch = TypeAdapter(cls).validate_python(stored)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{source}: {field} is {brief(first['input'])}, which no save wrote: copy the checkpoint again.") from None
+        for field, most in (("num_layers", _MOST_LAYERS), *((name, _LARGEST) for name in _SIZES)):
+            if not 1 <= getattr(arch, field) <= most:
+                raise ValueError(f"{source}: {field} is {brief(getattr(arch, field))}, which no save wrote: copy the checkpoint again.")
         return arch
 
     def __post_init__(self) -> None:
@@ -189,10 +207,14 @@ def _rope(config: dict[str, Any], source: str) -> tuple[float, float | None]:
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise ValueError(f"{source}: rope_type is {brief(kind)}; supported are default and llama3: remove the scaling or choose another model.")
+        raise ValueError(
+            f"{source}: rope_type is {brief(kind)}; supported are default and llama3: remove the scaling or choose another model."
+        )
     for key, constant in _LLAMA3_CONSTANTS.items():
         if rope.get(key, constant) != constant:
-            raise ValueError(f"{source}: {key} is {brief(rope[key])}; megatron-core's llama3 rope fixes it at {constant}: choose another model.")
+            raise ValueError(
+                f"{source}: {key} is {brief(rope[key])}; megatron-core's llama3 rope fixes it at {constant}: choose another model."
+            )
     if "factor" not in rope:
         raise ValueError(f"{source}: rope_type is llama3 without factor; it must be given: complete the file.")
     return theta, _positive(rope, "factor", 1.0, source)
@@ -210,7 +232,9 @@ def _refuse_what_we_cannot_train(config: dict[str, Any], family: str, source: st
     for key, default, allowed in rules:
         value = config.get(key, default)
         if value not in allowed and not (family == "qwen2" and key == "attention_bias"):
-            raise ValueError(f"{source}: {key} is {brief(value)}; a supported {family} model has {allowed[0]!r}: choose another checkpoint.")
+            raise ValueError(
+                f"{source}: {key} is {brief(value)}; a supported {family} model has {allowed[0]!r}: choose another checkpoint."
+            )
     kinds = config.get("layer_types") or []
     other = [kind for kind in (kinds if isinstance(kinds, list) else [kinds]) if kind != "full_attention"]
     if other:

@@ -44,7 +44,7 @@ def composed_from(arguments: list[str]) -> DictConfig:
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             return compose("config", overrides=arguments)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # hydra's own checks of a group raise ValueError
         raise ConfigError(" ".join(str(error).split()) + " See --help for every key and group.") from error
 
 

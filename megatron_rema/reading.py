@@ -44,6 +44,14 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def is_dir(path: Path) -> bool:
+    """As `is_file`, of a folder."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
 def whole_text(text: str, where: str, name: str) -> str:
     """``text``, if all of its characters are whole."""
     if not text.isascii():

@@ -197,7 +197,12 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
             rows = batch.to_pylist()
             yield from rows
             done += len(rows)
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # not parquet, damaged, or a value that Python cannot hold
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+    ) as error:  # not parquet, damaged, or a value that Python cannot hold
         said = brief(" ".join(str(error).split()), 300)
         raise ValueError(f"{path}: cannot be read as parquet after row {done}: {said}. Write the file again.") from None
 

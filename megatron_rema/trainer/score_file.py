@@ -126,7 +126,9 @@ def read_rows(path: Path, question_key: str, answer_key: str) -> Iterator[Row]:
 
 def _responses(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
     if ("response" in row) == ("responses" in row):
-        raise ConfigError(f"{where}: the row has {brief(sorted(row), 300)}; it must have either 'response' (text) or 'responses' (a list of texts).")
+        raise ConfigError(
+            f"{where}: the row has {brief(sorted(row), 300)}; it must have either 'response' (text) or 'responses' (a list of texts)."
+        )
     if "response" in row:
         return (_text(row, "response", where),)
     responses = row["responses"]

@@ -15,8 +15,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from megatron_rema.config import ConfigError
 from megatron_rema.front_door import _checked, composed_from, config_dir
 from megatron_rema.trainer.inputs import read_for_cold_start, read_for_evaluation, read_for_reward_model, read_for_training
 from tests.fuzz.harness import fuzzed, message_of
@@ -50,6 +52,14 @@ def keys_of(tree: Any, prefix: str = "") -> list[str]:
     return [key for name, value in tree.items() for key in (f"{prefix}{name}", *keys_of(value, f"{prefix}{name}."))]
 
 
+def created(tree: dict[str, Any]) -> DictConfig:
+    """A mapping as Hydra would have composed it; what Hydra refuses by itself, ``composed_from`` turns into a message."""
+    try:
+        return OmegaConf.create(tree)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error)) from error
+
+
 def read_as(door: str, cfg: Any, world_size: int) -> None:
     with mock.patch.dict(os.environ, {"WORLD_SIZE": str(world_size)}):
         READERS[door](_checked(cfg))
@@ -57,8 +67,29 @@ def read_as(door: str, cfg: Any, world_size: int) -> None:
 
 INTERPOLATIONS = st.sampled_from(
     [
-        *("${seed}", "${nothing}", "${task}", "${task.name}", "${.name}", "${..seed}", "${oc.env:NOWHERE}", "${oc.env:HOME}", "${", "${}", "???"),
-        *("${oc.decode:'[1'}", "${a:b}", "${run_dir}", "${${seed}}", "$seed", "${oc.create:{a:1}}", "${oc.dict.keys:task}", "${oc.select:x,1}"),
+        *(
+            "${seed}",
+            "${nothing}",
+            "${task}",
+            "${task.name}",
+            "${.name}",
+            "${..seed}",
+            "${oc.env:NOWHERE}",
+            "${oc.env:HOME}",
+            "${",
+            "${}",
+            "???",
+        ),
+        *(
+            "${oc.decode:'[1'}",
+            "${a:b}",
+            "${run_dir}",
+            "${${seed}}",
+            "$seed",
+            "${oc.create:{a:1}}",
+            "${oc.dict.keys:task}",
+            "${oc.select:x,1}",
+        ),
     ]
 )
 worlds = st.one_of(st.sampled_from([1, 2, 3, 4, 7, 8, 64, 4096]), st.integers(1, 4096))
@@ -90,14 +121,18 @@ def test_any_value_anywhere_is_taken_or_refused_by_its_key(task, data):
         touched.append(name)
     door, world_size = data.draw(st.sampled_from(list(READERS))), data.draw(worlds)
     known = {part for key in keys for part in key.split(".")}
-    message_of("configuration: values", lambda: read_as(door, OmegaConf.create(tree), world_size), names=known | set(touched))
+    message_of("configuration: values", lambda: read_as(door, created(tree), world_size), names=known | set(touched))
 
 
 VALUE = st.one_of(
     near.map(str),
     INTERPOLATIONS,
-    st.sampled_from(["[1,2]", "{a:1}", "{a:1,a:2}", "[", "{", "'", '"x', "[[A]]", "a=b", "nan", "inf", "-inf", "1e999", "1_000", "0x10", "\\,"]),
-    st.sampled_from(["range(1,3)", "choice(a,b)", "interval(0,1)", "glob(*)", "sort(1,2)", "shuffle(a)", "tag(x,1)", "float(a)", "int(1.5)", "f(x)"]),
+    st.sampled_from(
+        ["[1,2]", "{a:1}", "{a:1,a:2}", "[", "{", "'", '"x', "[[A]]", "a=b", "nan", "inf", "-inf", "1e999", "1_000", "0x10", "\\,"]
+    ),
+    st.sampled_from(
+        ["range(1,3)", "choice(a,b)", "interval(0,1)", "glob(*)", "sort(1,2)", "shuffle(a)", "tag(x,1)", "float(a)", "int(1.5)", "f(x)"]
+    ),
     st.text(string.printable, max_size=10),
     texts,
 )
@@ -115,7 +150,8 @@ def overrides(draw: st.DrawFn, keys: list[str]) -> str:
         at = draw(st.sampled_from(["", "", "", "", "@x", "@_global_", "@:", "@a:b"]))
         return f"{draw(PREFIX)}{name}{at}={choice}"
     if kind == "added":
-        return f"{draw(PREFIX)}{draw(st.sampled_from(['hydra', 'hydra.run.dir', 'hydra.searchpath', 'defaults', 'x.y', 'task.', '.', 'a b', 'seed.x']))}={draw(VALUE)}"
+        strange = ["hydra", "hydra.run.dir", "hydra.searchpath", "defaults", "x.y", "task.", ".", "a b", "seed.x"]
+        return f"{draw(PREFIX)}{draw(st.sampled_from(strange))}={draw(VALUE)}"
     key = draw(st.sampled_from(keys))
     return draw(st.sampled_from([f"{draw(PREFIX)}{key}={draw(VALUE)}"] * 4 + [f"~{key}", key, f"{key}="]))
 

@@ -9,7 +9,6 @@ import sys
 
 import pytest
 
-from megatron_rema.config import ConfigError
 from megatron_rema.reward.math_verifier import VerifierPool
 from megatron_rema.trainer.score_file import Scored, read_rows, table
 from megatron_rema.types import Verdict
