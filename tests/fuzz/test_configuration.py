@@ -163,7 +163,7 @@ def enter_with(door: str, arguments: list[str], world_size: int) -> None:
 
 def few(task: list[str]) -> list[str]:
     """Hydra takes 30 ms to read an override: those without which nothing could be taken."""
-    return [override for override in task if override.startswith(("task.train_file", "model.path", "run_dir"))]
+    return [override for override in task if override.startswith(("task.train_file", "task.eval", "~task.eval", "model.path", "run_dir"))]
 
 
 @fuzzed(ci=15, share=0.07)
