@@ -71,7 +71,8 @@ class ChatFormat:
         except Exception as error:  # of tokenizers: it raises no narrower class; and a damaged file fails anywhere in transformers
             said = brief(" ".join(str(error).split()), 300)
             raise ValueError(
-                f"the tokenizer of {path} cannot be read ({type(error).__name__}: {said}): copy tokenizer.json and tokenizer_config.json again."
+                f"the tokenizer of {path} cannot be read ({type(error).__name__}: {said}): copy tokenizer.json and "
+                "tokenizer_config.json again."
             ) from error
         return cls(tokenizer, template_kwargs=template_kwargs)
 

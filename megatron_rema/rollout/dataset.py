@@ -25,6 +25,7 @@ class WrittenDialogue:
     answer: str
     turns: tuple[tuple[Role, str], ...]
     fields: dict[str, str] = field(default_factory=dict)
+    where: str = field(default="", compare=False)  # file and line, for errors
 
 
 def read_prompts(
@@ -77,6 +78,7 @@ class WrittenPair:
     rejected: tuple[tuple[Role, str], ...]
     margin: float = 0.0
     fields: dict[str, str] = field(default_factory=dict)
+    where: str = field(default="", compare=False)  # file and line, for errors
 
 
 def read_dialogues(path: str | Path, *, field_keys: Sequence[str] = ()) -> list[WrittenDialogue]:
@@ -88,6 +90,7 @@ def read_dialogues(path: str | Path, *, field_keys: Sequence[str] = ()) -> list[
             text_field(row, "answer", where),
             _turns(row, "turns", where),
             _fields(row, field_keys, where),
+            where,
         )
         for where, _, row in rows_of(path)
     ]
@@ -110,6 +113,7 @@ def read_pairs(path: str | Path, *, field_keys: Sequence[str] = ()) -> list[Writ
                 _turns(row, "rejected", where),
                 float(margin),
                 _fields(row, field_keys, where),
+                where,
             )
         )
     if not pairs:

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from megatron_rema.architecture import Architecture
 from megatron_rema.bridge.convert import open_source
-from megatron_rema.bridge.folder import CheckpointReader
 from megatron_rema.bridge.listing import list_folder
 from megatron_rema.bridge.stream import TensorFile
 from megatron_rema.rollout.chat import ChatFormat
