@@ -45,19 +45,19 @@ def traces_of_dialogue(
     Raises ValueError when the speakers are not those that ``rules`` ask for, in turn, and for a message that is not the JSON action
     which they ask for; it begins with ``where``, the file and line of the dialogue. Log-probabilities are 0.0.
     """
-    dialogue = Dialogue(chat, rules, question, fields)
+    dialogue, name = Dialogue(chat, rules, question, fields), where or f"dialogue {episode_id!r}"
     for number, (role, text) in enumerate(turns):
         if role is not dialogue.next_role:
             expected = str(dialogue.next_role)
             raise ValueError(
-                f"{where or episode_id!r}: turns[{number}].role is {str(role)!r} where {expected!r} speaks: turns must alternate as "
+                f"{name}: turns[{number}].role is {str(role)!r} where {expected!r} speaks: turns must alternate as "
                 "agents.policies gives out the roles."
             )
         ids = chat_of(chat, role).encode_message(text)
         turn = dialogue.add(Completion(f"{episode_id}/{number}", ids, (0.0,) * len(ids), StopReason.STOP, weight_version=0))
         if rules.regex_for(role) is not None and turn.action is None:
             raise ValueError(
-                f"{where or episode_id!r}: turns[{number}].text is {brief(text)}, not a JSON action; with task.json_actions=true "
+                f"{name}: turns[{number}].text is {brief(text)}, not a JSON action; with task.json_actions=true "
                 'a meta-thinker writes {"action": "DECOMPOSE", "output": "..."}, REWRITE, or EMPTY with an empty output, spaced like this.'
             )
     spoken = {role: [turn for turn in dialogue.turns if turn.role is role] for role in rules.roles}

@@ -24,18 +24,21 @@ values = st.recursive(
 )
 
 
-def mutated(row: Any, replacements: st.SearchStrategy = values) -> st.SearchStrategy:
-    """``row`` with up to three of its places, at any depth, taken out, put twice, or filled with something else."""
+def mutated(row: Any, replacements: st.SearchStrategy = values, *, texts_only: bool = False) -> st.SearchStrategy:
+    """``row`` with up to three of its places, at any depth, taken out, put twice, or filled with something else.
+
+    ``texts_only``: other texts in the place of texts, and keys that nobody reads.
+    """
 
     @st.composite
     def build(draw: st.DrawFn) -> Any:
         tree = json.loads(json.dumps(row))
         for _ in range(draw(st.sampled_from([0, 0, 1, 1, 2, 3]))):
-            places = list(_places(tree))
+            places = [place for place in _places(tree) if not texts_only or isinstance(place[0][place[1]], str)]
             if not places:
                 break
             parent, key = draw(st.sampled_from(places))
-            how = draw(st.sampled_from(["replace", "replace", "remove", "add"]))
+            how = draw(st.sampled_from(["replace", "replace", "add", *([] if texts_only else ["remove"])]))
             if how == "replace":
                 parent[key] = draw(replacements)
             elif how == "remove":

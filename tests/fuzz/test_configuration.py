@@ -97,7 +97,7 @@ near = st.one_of(st.sampled_from([0, 1, 2, 3, 4, 8, 0.0, 0.5, 1.0, 1e-9, True, F
 anything = st.one_of(values, near, INTERPOLATIONS)
 
 
-@fuzzed(ci=60, share=0.17)
+@fuzzed(ci=60, share=0.14)
 @given(st.data())
 def test_any_value_anywhere_is_taken_or_refused_by_its_key(task, data):
     """The mapping that Hydra composed, with up to four of its keys set, taken out or added."""
@@ -166,7 +166,7 @@ def few(task: list[str]) -> list[str]:
     return [override for override in task if override.startswith(("task.train_file", "task.eval", "~task.eval", "model.path", "run_dir"))]
 
 
-@fuzzed(ci=15, share=0.07)
+@fuzzed(ci=15, share=0.06)
 @given(st.data())
 def test_any_command_line_is_taken_or_refused(task, data):
     keys = keys_of(composed(tuple(task)))
@@ -175,7 +175,7 @@ def test_any_command_line_is_taken_or_refused(task, data):
     message_of("configuration: command lines", lambda: enter_with(door, [*few(task), *given_overrides], world_size))
 
 
-@fuzzed(ci=15, share=0.05)
+@fuzzed(ci=8, share=0.015)
 @given(st.data())
 def test_any_choice_of_groups_is_taken_or_refused_by_a_key(task, data):
     """Whole groups that are each right, at any world size: what is refused here breaks a rule between fields, or names no folder."""

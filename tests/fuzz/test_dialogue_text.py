@@ -150,7 +150,7 @@ whole_text = any_text.filter(lambda text: text.isascii() or not re.search("[\ud8
 golds = st.one_of(st.sampled_from(["3", "-1/2", "\\frac{2}{3}", "(1, 2)", "yes", "", " ", "\\boxed{3}", "x", "50\\%"]), said)
 
 
-@fuzzed(ci=60, share=0.13)
+@fuzzed(ci=60, share=0.10)
 @given(any_text, golds, st.sampled_from(list(AnswerFormat)))
 def test_whatever_is_said_is_read_in_time(text, gold, answer_format):
     with limited():
@@ -168,7 +168,7 @@ def test_whatever_is_said_is_read_in_time(text, gold, answer_format):
     judged("text: readers", "read")
 
 
-@fuzzed(ci=40, share=0.04)
+@fuzzed(ci=40, share=0.03)
 @given(st.lists(st.tuples(any_text, any_text), min_size=1, max_size=3), golds, st.sampled_from(list(PlannerAnswers)))
 def test_whatever_is_written_is_repaired_or_dropped_in_time(rounds, gold, planner_answers):
     turns = tuple(turn for plan, answer in rounds for turn in ((Role.META_THINKING, plan), (Role.REASONING, answer)))
@@ -199,7 +199,7 @@ def test_a_right_answer_is_right(pool):  # or the next test could not fail
 
 
 def test_no_text_without_the_answer_is_right(pool):
-    @fuzzed(ci=25, share=0.06)
+    @fuzzed(ci=25, share=0.04)
     @given(st.lists(st.one_of(fragment, st.sampled_from(CLOSE)), max_size=6).map("".join), st.booleans())
     def holds(text: str, in_box: bool) -> None:
         pool.submit_answer("text", f"\\boxed{{{text}}}" if in_box else text, GOLD)
@@ -229,7 +229,7 @@ RULES = DialogueRules(max_turn_tokens=8, max_episode_tokens=64, max_context_toke
 def test_no_text_becomes_a_control_token_and_every_message_comes_back(kind):
     chat = CHATS[kind]
 
-    @fuzzed(ci=10, share=0.007)
+    @fuzzed(ci=10, share=0.005)
     @given(whole_text)
     def holds(text: str) -> None:
         with limited():
@@ -247,7 +247,7 @@ def test_a_dialogue_goes_on_whatever_tokens_are_sampled(kind):
     control = sorted(chat._control_token_ids)
     token = st.one_of(st.integers(0, len(chat.tokenizer) - 1), st.sampled_from(control), st.integers(len(chat.tokenizer), 2**20))
 
-    @fuzzed(ci=5, share=0.005)
+    @fuzzed(ci=5, share=0.0025)
     @given(whole_text, st.lists(st.lists(token, max_size=8), min_size=1, max_size=5), st.booleans())
     def holds(question: str, turns: list[list[int]], json_actions: bool) -> None:
         rules = DialogueRules(**{**vars(RULES), "json_actions": json_actions})
@@ -299,7 +299,7 @@ def episodes(draw: st.DrawFn) -> Episode:
     )
 
 
-@fuzzed(ci=20, share=0.05)
+@fuzzed(ci=20, share=0.02)
 @given(episodes())
 def test_every_episode_comes_back_from_its_json_line_and_is_counted(episode):
     line = json.dumps(episode.to_json())

@@ -49,7 +49,7 @@ def test_any_config_json_is_an_architecture_or_refused_by_its_key(name, tmp_path
     config = json.loads((save_tiny_model(tmp_path / "model", name) / "config.json").read_text())
     file, keys = tmp_path / "model" / "config.json", set(config) | {"not JSON", "must hold", "rope", "head", "num_hidden_layers"}
 
-    @fuzzed(ci=40, share=0.03)
+    @fuzzed(ci=20, share=0.015)
     @given(mutated(config).flatmap(lambda tree: damaged(json.dumps(tree).encode())), st.integers(1, 64), st.integers(1, 64))
     def holds(data: bytes, tensor: int, pipeline: int) -> None:
         file.write_bytes(data)
@@ -96,7 +96,7 @@ def damage(draw_from: Path, target: Path, data: st.DataObject) -> Path:
 
 @pytest.mark.parametrize("kind", ["hf", "megatron"])
 def test_a_damaged_folder_of_weights_is_read_or_refused(folders, kind, tmp_path):
-    @fuzzed(ci=30, share=0.025)
+    @fuzzed(ci=20, share=0.015)
     @given(st.data())
     def holds(data: st.DataObject) -> None:
         folder = damage(folders[kind], tmp_path / "damaged", data)
@@ -123,7 +123,7 @@ def test_a_damaged_tokenizer_is_refused_by_its_folder(folders, tmp_path):
     shutil.copytree(whole, folder)
     names = [name for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja") if (whole / name).is_file()]
 
-    @fuzzed(ci=12, share=0.012)
+    @fuzzed(ci=10, share=0.006)
     @given(st.data())
     def holds(data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(names))
@@ -139,7 +139,7 @@ def test_a_damaged_tokenizer_is_refused_by_its_folder(folders, tmp_path):
     holds()
 
 
-@fuzzed(ci=40, share=0.03)
+@fuzzed(ci=40, share=0.02)
 @given(data=st.data())
 def test_any_manifest_is_taken_or_known_to_be_none(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "sealed" / "step_000001"
@@ -192,7 +192,7 @@ def _as_only_rank(store: str, call: Callable, *arguments: object) -> None:
 def test_a_damaged_training_checkpoint_is_read_or_refused(folders, checkpoints, tmp_path):
     (whole,) = (path for path in checkpoints.iterdir() if path.is_dir())
 
-    @fuzzed(ci=25, share=0.03)
+    @fuzzed(ci=20, share=0.015)
     @given(st.data())
     def holds(data: st.DataObject) -> None:
         folder = damage(whole, tmp_path / "damaged", data)
@@ -239,6 +239,6 @@ def loads_damaged(folder: str, count: int, seed: int) -> Counter:
 
 
 def test_a_damaged_checkpoint_is_never_resumed_from(run_ranks, tmp_path):
-    count = round(0.01 * harness.TOTAL) or 10
+    count = round(0.005 * harness.TOTAL) or 10
     (outcomes,) = run_ranks(1, loads_damaged, str(tmp_path / "checkpoints"), count, 0, timeout_s=3600 if harness.TOTAL else 120)
     harness.counts["folders: resumed"].update(outcomes)
