@@ -15,9 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from megatron_rema.reading import brief
 from megatron_rema.types import JUDGED_FIELDS, AnswerFormat, Role
 
-_STRICT = ConfigDict(extra="forbid")
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)  # NaN passes every comparison that a range makes
 
 Count = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -230,9 +231,9 @@ class OptimizerConfig:
     min_lr: NonNegative = 0.0
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: NonNegativeInt = 0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: Positive = 1e-8
     weight_decay: NonNegative = 0.0
     grad_clip: NonNegative = 1.0  # global norm; 0 turns clipping off
 
@@ -306,7 +307,7 @@ class RunConfig:
     integrity: IntegrityConfig
     trainer: TrainerConfig
     kernels: Literal["auto", "fused", "reference"] = "auto"  # compiled kernels, or plain torch
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what every library takes
     private_run_dir: bool = True  # a new run folder is for its owner only (mode 0700); false: as the umask says
     resume: bool = False  # continue run_dir from its latest checkpoint; what the launcher starts again does so by itself
     resume_from: str | None = None  # with resume: this checkpoint instead of the latest
@@ -344,8 +345,8 @@ def load(cfg: DictConfig) -> RunConfig:
 def _explain(detail: Any) -> str:
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "unexpected_keyword_argument":
-        return f"{key} is {detail['input']!r}; there is no such key: see --help for the keys, or remove it."
-    return f"{key} is {detail['input']!r}; {detail['msg'][0].lower()}{detail['msg'][1:]}."
+        return f"{key} is {brief(detail['input'])}; there is no such key: see --help for the keys, or remove it."
+    return f"{key} is {brief(detail['input'])}; {detail['msg'][0].lower()}{detail['msg'][1:]}."
 
 
 def as_mapping(config: RunConfig) -> dict[str, Any]:
@@ -557,12 +558,19 @@ def check_run_dir(run_dir: str, resume: bool, resume_from: str | None = None) ->
         if not resume:
             raise ConfigError(f"resume_from is {resume_from} with resume=false; a resumed run begins there: set resume=true too.")
         check_file("resume_from", resume_from)
-    exists = Path(run_dir).exists() and any(Path(run_dir).iterdir())
+    try:
+        exists = Path(run_dir).exists() and any(Path(run_dir).iterdir())
+    except OSError as error:  # a file, a name that no folder can have, or one of somebody else
+        raise ConfigError(f"run_dir is {brief(run_dir)}: {error.strerror}; give a folder that is yours, or a new name.") from None
     if exists and not resume:
         raise ConfigError(f"run_dir {run_dir} exists and is not empty; set resume=true to continue it, or choose another run_dir.")
 
 
 def check_file(name: str, path: str | None) -> None:
     """A named input must exist before any model is built."""
-    if path is None or not Path(path).exists():
+    try:
+        exists = path is not None and Path(path).exists()
+    except OSError as error:
+        raise ConfigError(f"{name} is {brief(path)}: {error.strerror}; correct the path.") from None
+    if not exists:
         raise ConfigError(f"{name} is {path}; no such file or folder: create it or correct the path.")

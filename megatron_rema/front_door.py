@@ -72,6 +72,15 @@ def _end(error: Exception, run_dir: str) -> None:
     os._exit(BAD_INPUT_EXIT_CODE if is_bad_input else faults.EXIT_CODE)
 
 
+def composed_from(arguments: list[str]) -> DictConfig:
+    """What Hydra makes of the command line. Raises ConfigError."""
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            return compose("config", overrides=arguments)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # hydra's own checks of a group raise ValueError
+        raise ConfigError(" ".join(str(error).split()) + " See --help for every key and group.") from error
+
+
 def _checked(cfg: DictConfig) -> RunConfig:
     config = continued(load(cfg))
     check(config, _world_size(config))
@@ -144,9 +153,8 @@ def enter(name: str, run: Callable[[RunConfig], None]) -> None:
         _say(f"{chosen[0]} names a sweep, which is several runs; give -m as well: python -m megatron_rema.{name} -m {' '.join(arguments)}")
         sys.exit(BAD_INPUT_EXIT_CODE)
     try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            cfg = compose("config", overrides=arguments)
-    except (HydraException, OmegaConfBaseException) as error:
-        _say(" ".join(str(error).split()) + " See --help for every key and group.")
+        cfg = composed_from(arguments)
+    except ConfigError as error:
+        _say(str(error))
         sys.exit(BAD_INPUT_EXIT_CODE)
     guarded(cfg)

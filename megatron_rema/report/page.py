@@ -27,7 +27,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     file = Path(out) if out is not None else run.path / "report.html"
     page = page_html(run, draw_plots(run))
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(page, encoding="utf-8")
+    file.write_text(page, encoding="utf-8", errors="backslashreplace")  # half a character is no reason to have no page
     return file
 
 

@@ -37,7 +37,9 @@ def train(config: RunConfig, inputs: Inputs) -> None:
     """The ``sft`` front door. ``trainer.steps`` optimizer steps of ``trainer.global_batch_dialogues`` dialogues each."""
     chat, rules = chat_formats(config), dialogue_rules(config)
     dialogues = [
-        traces_of_dialogue(chat, rules, dialogue.question, dialogue.turns, fields=dialogue.fields, episode_id=str(index))
+        traces_of_dialogue(
+            chat, rules, dialogue.question, dialogue.turns, fields=dialogue.fields, episode_id=str(index), where=dialogue.where
+        )
         for index, dialogue in enumerate(inputs.dialogues)
     ]
     longest = max(len(trace.token_ids) for traces in dialogues for trace in traces)

@@ -66,7 +66,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
     chat, rules, settings = chat_formats(config), dialogue_rules(config), config.reward_model
 
     def view(pair: WrittenPair, turns: Sequence[tuple[Role, str]], episode_id: str) -> Trace:
-        traces = traces_of_dialogue(chat, rules, pair.question, turns, fields=pair.fields, episode_id=episode_id)
+        traces = traces_of_dialogue(chat, rules, pair.question, turns, fields=pair.fields, episode_id=episode_id, where=pair.where)
         return scoring_view(next(trace for trace in traces if trace.role is Role.REASONING))
 
     def views(written: Sequence[WrittenPair]) -> list[Pair]:
