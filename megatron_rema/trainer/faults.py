@@ -42,6 +42,10 @@ class RunFault(RuntimeError):
     """Ends the run with its message. Raised by every rank together, or by the one that noticed."""
 
 
+class TooManySkips(RunFault):
+    """Raised by every rank together: a checkpoint that is still being written can be finished."""
+
+
 def tell_rank(error: BaseException, rank: int, *, is_first: bool) -> None:
     """Note in ``error`` on which rank it came, and whether another rank had one before: most that come later only follow from it."""
     error.add_note(f"rank {rank}")
@@ -126,7 +130,7 @@ class SkippedUpdates:
     def count(self, metrics: Mapping[str, float], *, step: int, owner: str = "") -> None:
         """After one update of whatever ``metrics`` tell of (``train/skipped_updates``, ``critic/skipped_updates``), equal on every rank.
 
-        Raises RunFault at the limit, on every rank.
+        Raises TooManySkips at the limit, on every rank.
         """
         for name, skipped in metrics.items():
             if not name.endswith("skipped_updates"):
@@ -134,7 +138,7 @@ class SkippedUpdates:
             what = f"the critic of {owner}" if name.startswith("critic") else owner or name.split("/")[-2].replace("train", "the model")
             self._in_a_row[what] = self._in_a_row.get(what, 0) + 1 if skipped else 0
             if 0 < self._limit <= self._in_a_row[what]:
-                raise RunFault(
+                raise TooManySkips(
                     f"the gradients of {what} were not finite in {self._limit} updates in a row, the last one in step {step} "
                     f"(trainer.max_skipped_updates is {self._limit}); none of them changed anything. alerts.jsonl names the numbers. Lower "
                     "optimizer.lr or algorithm.log_ratio_cap, or correct the data, then continue with resume=true, or from an earlier "

@@ -165,7 +165,7 @@ def run(study: Study) -> None:
         sync_weights(study.policies, study.engines, position.weight_version)
     if position.step == 0:
         evaluate(study)
-    with reporter.run("train", total=trainer.steps, done=position.step):
+    with reporter.run("train", total=trainer.steps, done=position.step), study.checkpoints.finished():
         while not is_over(position, trainer):
             metrics = step(study)
             study.folder.metrics(metrics)
@@ -177,8 +177,8 @@ def run(study: Study) -> None:
                 checkpoint(study)
             else:
                 study.checkpoints.finish_pending(wait=False)
-    with reporter.phase("checkpoint"):
-        study.checkpoints.finish_pending()
+        with reporter.phase("checkpoint"):
+            study.checkpoints.finish_pending()
     if trainer.save_hf:  # by a run that has no step left too: the one before it may have ended half-way through
         with reporter.phase("export"):
             paths = export_hf(study.policies, study.folder.path / "hf")

@@ -18,9 +18,9 @@ from __future__ import annotations
 import json
 import queue
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -41,7 +41,7 @@ from megatron_rema.parallel import platform
 from megatron_rema.parallel.exchange import gather
 from megatron_rema.reading import is_dir
 from megatron_rema.trainer import manifest
-from megatron_rema.trainer.faults import RunFault, reason
+from megatron_rema.trainer.faults import RunFault, TooManySkips, reason
 from megatron_rema.trainer.inputs import Source
 from megatron_rema.trainer.manifest import Seal
 from megatron_rema.trainer.run_folder import RunFolder
@@ -147,6 +147,16 @@ class Checkpoints:
             self._retire(pending.target)
         dist.barrier()
         return pending.target
+
+    @contextmanager
+    def finished(self) -> Iterator[None]:
+        """At the end of a run, and where all its ranks stop together (TooManySkips), what is being written becomes a checkpoint."""
+        try:
+            yield
+        except TooManySkips:
+            self.finish_pending()
+            raise
+        self.finish_pending()
 
     def _retire(self, newest: Path) -> None:
         """Keep ``newest``, known to be whole, and as many whole ones before it as asked for. Damaged ones do not count."""

@@ -38,7 +38,7 @@ def fit(
     folder.write_config(as_mapping(config))
     reporter.say(f"{title}: {len(examples)} examples, {trainer.steps} steps of {trainer.global_batch_dialogues}")
     checkpoints, skipped = state.checkpoints_of(config, folder), SkippedUpdates(trainer.max_skipped_updates)
-    with ExitStack() as at_work, reporter.run(title, total=trainer.steps, done=position.step):
+    with ExitStack() as at_work, reporter.run(title, total=trainer.steps, done=position.step), checkpoints.finished():
         for learner in learners.values():  # nobody else needs the device meanwhile
             at_work.enter_context(learner.optimizer.resident())
         while position.step < trainer.steps:

@@ -24,6 +24,7 @@ from megatron_rema.models.optimizer import Optimizer, build_optimizer
 from megatron_rema.models.policy import ParallelModel, build_policy
 from megatron_rema.parallel.groups import build_groups
 from megatron_rema.trainer import manifest, state
+from megatron_rema.trainer.faults import TooManySkips
 from megatron_rema.trainer.inputs import Source
 from megatron_rema.trainer.run_folder import RunFolder
 from megatron_rema.trainer.state import Checkpoints, Position
@@ -470,6 +471,18 @@ def test_training_goes_on_while_an_asynchronous_save_is_written(run_ranks, tmp_p
     assert first[0] == second[0], "ranks must agree on when the checkpoint came to be"
     assert len(first[0]) > 2 and first[0] == [False] * (len(first[0]) - 1) + [True]
     assert first[1] < 0.5 and state.latest(tmp_path).name == "step_000001"
+
+
+def stops_itself(folder: str) -> None:
+    checkpoints = Checkpoints(Path(folder), keep=1, asynchronous=True)
+    with pytest.raises(TooManySkips), checkpoints.finished():
+        checkpoints.save(Position(step=1), {"agent": learner(2)})
+        raise TooManySkips("on every rank")
+
+
+def test_a_run_that_stops_itself_finishes_the_checkpoint_that_is_being_written(run_ranks, tmp_path):
+    run_ranks(2, stops_itself, str(tmp_path))
+    assert state.latest(tmp_path).name == "step_000001" and manifest.fault(tmp_path / "step_000001") is None
 
 
 def full_disk(folder: str, asynchronous: bool) -> str:

@@ -99,7 +99,7 @@ class Campaign:
         # where the fault does not strike them, what costs more than the run itself is left out: its processes that only ask for the lenient
         # verdict (a metric), and the figures of its report
         VerifierPool.__init__.__kwdefaults__["lenient"] = case.fault == "verifier process"
-        page.draw_plots = _draw_plots if case.point.place == "report" or case.fault in ("full disk", "read-only folder") else _no_figures
+        page.draw_plots = _draw_plots if case.point.place in ("export", "report") else _no_figures
         if case.fault in ("full disk", "read-only folder") and not can_mount(self.work):
             record.outcome = "not run: it needs the right to mount a file system"
             return record
@@ -274,21 +274,22 @@ def checkpoint_is_damaged(campaign: Campaign, case: Case, record: Record) -> Non
 def data_is_damaged(campaign: Campaign, case: Case, record: Record) -> None:
     expected = campaign.reference(case.layout)
     folder, damage = campaign.work / "now" / "run", case.options["damage"]
-    good = campaign.work / "task" / "train.jsonl"
+    door = LAYOUTS[case.layout][0]
+    good = campaign.work / "task" / {"train": "train.jsonl", "sft": "dialogues.jsonl"}[door]
     file = campaign.work / "now" / "data" / good.name
     file.parent.mkdir(parents=True)
     shutil.copy(good, file)
     content = good.read_bytes()
     lines = content.splitlines(keepends=True)
-    given, struck = f"task.train_file={file}", campaign.work / "now" / "fault" / "struck"
+    given, struck = f"task.{'train' if door == 'train' else 'cold_start'}_file={file}", campaign.work / "now" / "fault" / "struck"
     if damage == "while it runs":
-        arm = lambda rank: injection.install(Point("generate", 2, 0), rank, lambda: file.write_bytes(content[:100]), struck)  # noqa: E731
+        arm = lambda rank: injection.install(Point("update", 2, 0), rank, lambda: file.write_bytes(content[:100]), struck)  # noqa: E731
         ended = campaign.ended(record, campaign.start(case.layout, folder, "fault", given, arm=arm).wait(LIMIT_S))
         assert ended.codes == [0, 0], ended.output[-1500:]
         campaign.compare(record, folder, expected)
         record.outcome = "survived, bitwise"
         return
-    arm = lambda rank: injection.install(Point("generate", 3, 1), rank, injection.kill, struck)  # noqa: E731
+    arm = lambda rank: injection.install(Point("update", 3, 1), rank, injection.kill, struck)  # noqa: E731
     killed = campaign.start(case.layout, folder, "fault", given, arm=arm).wait(LIMIT_S)
     assert killed.code != 0
     file.write_bytes(content[:-20] if damage == "torn row" else b"".join(lines[: len(lines) // 2]))

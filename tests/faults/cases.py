@@ -102,7 +102,7 @@ def short_suite() -> list[Case]:
         ("full disk", sft, Point("export", STEPS, 0), {"spare_pages": 0}),
         ("read-only folder", sft, Point("metrics", 3, 0), {}),
         ("damaged checkpoint", sft, Point("start", 0, 0), {"damage": "flipped byte"}),
-        ("damaged data file", rl, Point("start", 0, 0), {"damage": "rows gone"}),
+        ("damaged data file", sft, Point("start", 0, 0), {"damage": "rows gone"}),
         ("non-finite gradients for good", sft, Point("update", 2, 1), {"value": "nan"}),
         ("verifier process", rl, Point("generate", 2, 0), {"what": "forks"}),
         ("clock jump", sft, Point("update", 2, 0), {"hours": -3}),

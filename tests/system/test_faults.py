@@ -16,7 +16,7 @@ from tests.faults.cases import LAYOUTS, STEPS, Case, all_cases, short_suite
 from tests.faults.oracle import damaged_checkpoints, differences, results, rows
 from tests.system.test_training import ENVIRONMENT
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]  # a minute on a quiet machine
 
 
 @pytest.fixture(scope="module")
