@@ -22,7 +22,7 @@ from megatron_rema.models.policy import ParallelModel, build_policy
 from megatron_rema.parallel import platform
 from megatron_rema.parallel.exchange import gather
 from megatron_rema.parallel.groups import Groups, build_groups
-from megatron_rema.parallel.reach import is_first, meet
+from megatron_rema.parallel.reach import is_first, launchers_store, meet
 from megatron_rema.rollout.chat import ChatFormat
 from megatron_rema.rollout.counterfactual import Counterfactuals
 from megatron_rema.rollout.dialogue import DialogueRules
@@ -66,7 +66,8 @@ def process_group(config: RunConfig | None = None) -> Iterator[None]:
     checked = config is not None and limits.enabled
     limit_s = 0.0 if config is None else config.trainer.watchdog_seconds
     reporter = Reporter(speaks=rank == 0)
-    with watchdog.watching(store, rank, world, limit_s=limit_s, folder="" if config is None else config.run_dir):
+    folder = "" if config is None else config.run_dir
+    with watchdog.watching(launchers_store(store, rank) if limit_s else store, rank, world, limit_s=limit_s, folder=folder):
         with reporter.phase("preflight"):
             if checked:
                 preflight.check(store, rank, world, config, reporter.say)

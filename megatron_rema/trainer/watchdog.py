@@ -39,6 +39,7 @@ from torch._C import _distributed_c10d as c10d
 
 from megatron_rema.parallel.pulse import PULSE, Pulse
 from megatron_rema.trainer.hang import EXIT_CODE, NAMED, Others, Statement, latest_entries, report_lines, waits_in, with_recorder
+from megatron_rema.trainer.restart import CONFIG
 
 COLLECTIVE_TIMEOUT = timedelta(days=1)  # of the backends where the watchdog is on: a rank may wait long for one that still gets on
 REPORT = "hang.json"
@@ -197,10 +198,10 @@ class Watchdog:
         return True
 
     def _report(self, statements: list[Statement], recorders: Mapping[int, Any], *, name: str, note: str = "") -> None:
-        """Print, and write into the run folder where there is one."""
+        """Print, and write into the run folder once it is a run's: a report alone in it would look like another run's to a restart."""
         named = [with_recorder(one, recorders.get(one.rank)) for one in statements]
         lines = report_lines(named, self._limit_s) + ([f"  {note}"] if note else [])
-        if self._folder.is_dir():
+        if (self._folder / CONFIG).exists():
             rows = [{**asdict(one), "flight_recorder": latest_entries(recorders.get(one.rank))} for one in named]
             content = {
                 "time": datetime.now(UTC).isoformat(),

@@ -23,8 +23,9 @@ from tests.system.test_launch import BASE, ROOT
 from tests.system.test_training import rows
 from tests.tiny_task import save_tiny_task
 
-pytestmark = pytest.mark.system
-LIMIT_S = 15  # the longest that a step of this tiny run, or the start of its engines, takes without a word on a busy machine
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+# above the longest that a step of this tiny run, or the start of its engines, takes without a word on a busy machine
+LIMIT_S = int(os.environ.get("MEGATRON_REMA_WATCHDOG_S", "15"))
 REPORTED_WITHIN_S = 1.1 * LIMIT_S + 2 * LIMIT_S / 20 + 5 + 15  # the limit, its tenth, the wait for the silent rank, and a busy machine
 EVERY = os.environ.get("MEGATRON_REMA_HANGS") == "all"
 
@@ -143,7 +144,7 @@ def test_the_rank_that_is_stopped_is_named_with_its_phase_and_the_job_ends(task,
     job = Job(tmp_path, ["launch/single_node.sh", *task, *settings, f"trainer.watchdog_seconds={LIMIT_S}", f"run_dir={run}"], environment)
     try:
         for number, (rank, place, step) in enumerate(stops, 1):
-            job.wait_for(lambda rank=rank: is_stopped(job.workers().get(rank)), f"rank {rank} stops in {place}", 120)
+            job.wait_for(lambda rank=rank: is_stopped(job.workers().get(rank)), f"rank {rank} stops in {place}", 240)
             seconds = job.wait_for(lambda number=number: len(job.reports()) == number, "the report", REPORTED_WITHIN_S)
             ended = time.monotonic()
             stopped = job.workers().get(rank)
@@ -155,7 +156,7 @@ def test_the_rank_that_is_stopped_is_named_with_its_phase_and_the_job_ends(task,
             at = f"{place} (step {step})" if step else place
             assert f"rank {rank} did not answer" in report and f"): SILENT, last seen in {at}, " in report, report
             assert f"\n  rank {1 - rank} (" in report and f"stack of rank {1 - rank}:" in report, report
-            if run.is_dir():
+            if (run / "config.yaml").exists():
                 written = json.loads((run / "hang.json").read_text())
                 told = {row["rank"]: row for row in written["ranks"]}
                 assert told[rank]["is_silent"] and not told[1 - rank]["is_silent"]

@@ -83,6 +83,10 @@ def rank_that_failed(job: Job, said: str) -> bool:
     return re.search(r"failed \(exitcode: \d+\) local_rank: \d+", said) is not None
 
 
+def meeting_place_that_failed(job: Job, said: str) -> bool:
+    return "The connection to the C10d store has failed" in said and job.has_ended("b")
+
+
 def silent_ranks(job: Job, said: str) -> bool:
     return re.search(r"^HANG: .*ranks? (\d-)?\d did not answer", said, re.M) is not None
 
@@ -109,15 +113,15 @@ def nothing(job: Job) -> None:
     return
 
 
-KILLED = Fault("a host's processes are killed, both hosts are started again", 2, dies("b"), rank_that_failed, requeued)
+KILLED = Fault("a host's processes are killed, it alone is started again", 2, dies("b"), rank_that_failed, comes_back)
 FAULTS = [
     KILLED,
-    Fault("a host's processes are killed, it alone is started again", 3, dies("b"), rank_that_failed, comes_back),
+    Fault("a host's processes are killed, both hosts are started again", 3, dies("b"), rank_that_failed, requeued),
     Fault("the link is slow for two steps", 4, slow, None, nothing),
     Fault("the link is cut for a third of the watchdog's limit", 7, pause, None, nothing),
     Fault("the link is cut until the watchdog names it", 9, lambda job: job.hosts.link("down"), silent_ranks, comes_back),
     Fault("a host loses power", 12, loses_power, silent_ranks, comes_back),
-    Fault("the host where the nodes meet is killed", 15, dies("a"), rank_that_failed, comes_back),
+    Fault("the host where the nodes meet is killed", 15, dies("a"), meeting_place_that_failed, comes_back),
 ]
 
 

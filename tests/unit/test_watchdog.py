@@ -170,6 +170,7 @@ class World:
 
 def test_a_hang_is_reported_once_and_every_rank_that_lives_ends_with_the_exit_code(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(watchdog, "ANSWER_S", 0.5)
+    (tmp_path / "config.yaml").touch()
     world = World(dist.HashStore(), 4, tmp_path, limit_s=1.0)
     world.pulses[2].place = "generate"
     world.dogs[2]._publish()  # and is stopped: its threads never run
@@ -182,7 +183,7 @@ def test_a_hang_is_reported_once_and_every_rank_that_lives_ends_with_the_exit_co
     written = json.loads((tmp_path / "hang.json").read_text())
     assert [row["is_silent"] for row in written["ranks"]] == [False, False, True, False]
     assert any("wait_for_exits" in line for line in written["ranks"][0]["stack"]), "the stack of the main thread"
-    assert [path.name for path in tmp_path.iterdir()] == ["hang.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "hang.json"]
 
 
 def test_a_rank_may_wait_for_one_that_gets_on_for_as_long_as_that_takes(tmp_path, capfd):
@@ -206,6 +207,7 @@ def test_a_rank_whose_work_is_done_keeps_nobody_from_being_named(tmp_path, capfd
     world.wait_for_exits(1)
     said = capfd.readouterr().err
     assert world.exits == {1: EXIT_CODE} and "rank 0: had ended" in said.replace(f" ({os.uname().nodename})", "")
+    assert list(tmp_path.iterdir()) == [], "a report alone in a run folder would look like another run's to a restart"
 
 
 def _serve_store(pipe) -> None:
@@ -222,6 +224,7 @@ def test_where_the_store_does_not_answer_each_rank_reports_alone(tmp_path, capfd
     server.start()
     try:
         world = World(dist.TCPStore("127.0.0.1", ours.recv(), is_master=False), 2, tmp_path, limit_s=1.0)
+        (tmp_path / "config.yaml").touch()
         os.kill(server.pid, signal.SIGSTOP)
         for dog in world.dogs:
             dog.start()
@@ -231,7 +234,7 @@ def test_where_the_store_does_not_answer_each_rank_reports_alone(tmp_path, capfd
             time.sleep(0.02)
         assert world.exits == {0: EXIT_CODE, 1: EXIT_CODE}
         assert capfd.readouterr().err.count("the launcher's store has not answered for") == 2
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["hang_rank_0.json", "hang_rank_1.json"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "hang_rank_0.json", "hang_rank_1.json"]
     finally:
         os.kill(server.pid, signal.SIGCONT)
         server.kill()
