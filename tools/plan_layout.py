@@ -190,9 +190,10 @@ def _nothing_fits(model: str, cluster: Cluster, nearest: Plan | None, *, brief: 
     if not brief:
         return [f"no layout fits; the nearest: {line}" if number == 0 else line for number, line in enumerate(explain_why(nearest))]
     over = max(nearest.peak - nearest.capacity, 0) / GIB
-    change, after = advice(nearest)[0]
-    verdict = "would do" if after.fits else "would help most"
-    return [f"{model:15} | {cluster.gpus:4} | none fits: {nearest.label} is {over:.0f} GiB over in {nearest.binding}; {change} {verdict}"]
+    text = f"{model:15} | {cluster.gpus:4} | none fits: {nearest.label} is {over:.0f} GiB over in {nearest.binding}"
+    for change, after in advice(nearest)[:1]:
+        text += f"; {change} {'would do' if after.fits else 'would help most'}"
+    return [text]
 
 
 if __name__ == "__main__":

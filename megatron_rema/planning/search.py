@@ -238,7 +238,8 @@ def with_actor(job: Job, **settings: Any) -> Job:
 
 
 def advice(plan: Plan) -> list[tuple[str, Plan]]:
-    """(change, what becomes of the plan), the most helpful first: those that make it fit by time, then by what is left over capacity."""
+    """(change, what becomes of the plan) of every change that helps, the most helpful first: those that make it fit by time, then by how
+    much is still over; what needs more GPUs last of either kind."""
     priced = []
     for words, job in changes(plan.job, plan.cluster):
         if is_allowed(job, plan.cluster):
@@ -252,7 +253,8 @@ def advice(plan: Plan) -> list[tuple[str, Plan]]:
         after = pair[1]
         return not after.fits, after.cluster.gpus > plan.cluster.gpus, after.step_seconds if after.fits else after.peak
 
-    return sorted(priced, key=rank)
+    helping = [(words, after) for words, after in priced if after.fits or after.peak < plan.peak]
+    return sorted(helping, key=rank)
 
 
 # --- a layout in one line ---------------------------------------------------------------------------------------------
@@ -311,7 +313,7 @@ def explain_why(plan: Plan) -> list[str]:
     lines.append(f"  host memory of a node: {host:.0f} of {limit:g} GiB{'' if host <= limit else ', too much'}")
     lines.append(f"  binding phase: {plan.binding}; predicted step {plan.step_seconds:.0f} s")
     if not plan.fits:
-        helping = [(words, other) for words, other in advice(plan) if other.fits or other.peak < plan.peak]
+        helping = advice(plan)
         lines.append("  the single change that helps most:" if helping else "  none of the single changes helps: take more GPUs.")
         for words, other in helping[:3]:
             verdict = "fits" if other.fits else f"still {(other.peak - plan.capacity) / GIB:.1f} GiB too much"

@@ -215,18 +215,16 @@ CASES = {
     "exact KL": Case(exact_kl=True),
     "exact KL, logits_chunk_tokens 128, uneven": Case(exact_kl=True, logits_chunk_tokens=128, uneven=True),
     "plain torch instead of kernels": Case(kernels="reference"),
-    "exact KL, plain torch": Case(exact_kl=True, kernels="reference"),
     "scores, TP1": Case(scores_only=True),
     "scores, PP2, uneven": Case(2, cut(pipeline=2), scores_only=True, uneven=True, microbatches=2),
     "scores, TP2, logits_chunk_tokens 128, bfloat16": Case(2, cut(tensor=2), scores_only=True, logits_chunk_tokens=128, bfloat16=True),
     "TP2": Case(2, cut(tensor=2)),
     "TP2, sequence parallel, uneven": Case(2, cut(tensor=2, sequence_parallel=True), uneven=True),
-    "TP4, sequence parallel, bfloat16": Case(4, cut(tensor=4, sequence_parallel=True), bfloat16=True),
-    "DP2": Case(2),
+    "TP4, sequence parallel": Case(4, cut(tensor=4, sequence_parallel=True)),
     "DP2, ZeRO-1, bfloat16": Case(2, cut(**ZERO1), bfloat16=True),
     "DP2, ZeRO-1, few tokens": Case(2, cut(**ZERO1), tokens=64),
-    "PP2": Case(2, cut(pipeline=2), microbatches=4),
-    "PP2, tied, recompute": Case(2, cut(pipeline=2, recompute=True), arch=QWEN3_TIED, microbatches=4),
+    "PP2": Case(2, cut(pipeline=2), microbatches=3),
+    "PP2, tied, recompute": Case(2, cut(pipeline=2, recompute=True), arch=QWEN3_TIED, microbatches=2),
     "PP2, 2 virtual stages": Case(2, cut(pipeline=2, virtual_pipeline=2), microbatches=4),
     "TP2 x PP2, sequence parallel, bfloat16": Case(4, cut(tensor=2, pipeline=2, sequence_parallel=True), bfloat16=True, microbatches=3),
 }
@@ -235,7 +233,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_predicted_peak_is_what_the_allocator_counts(run_ranks, name):
     case = CASES[name]
-    measured = run_ranks(case.world, peak_bytes, case)
+    measured = run_ranks(case.world, peak_bytes, case, timeout_s=120)
     for rank, peak in enumerate(measured):
         stage = rank * case.layout.pipeline // case.world
         predicted = predicted_bytes(case, stage)
