@@ -164,10 +164,8 @@ def test_a_folder_is_one_sweeps_at_a_time(tmp_path):
         (["sweep=turn_ratio"], ["sweep=turn_ratio names a sweep", "-m"]),
         (["-m", "seed=0,1", "optimizer.lr=1,-1"], ["optimizer.lr is -1"]),
         (["-m", "agents=shared,three"], ["agents/three", "separate"]),
-        (["-m", "optimizer.lq=1,2"], ["optimizer.lq"]),
         (["-m", "seed=0,1", "explain=true"], ["explain is true in a sweep", "-m"]),
         (["-m", "sweep=start", "seed=0,1"], ["model.path is not set"]),
-        (["-m", "seed=0,1", "hydra.launcher.slots=0"], ["hydra.launcher.slots is 0"]),
         (["-m", "seed=0,1", "hydra/launcher=slurm"], ["hydra/launcher=slurm needs sbatch"]),
     ],
 )
