@@ -218,9 +218,10 @@ def jump_clock(seconds: float) -> None:
 
 
 def signal_verifiers(number: int) -> None:
-    for child in psutil.Process().children():
-        if "math_verifier" in " ".join(child.cmdline()):
-            child.send_signal(number)
+    verifiers = [child for child in psutil.Process().children() if "math_verifier" in " ".join(child.cmdline())]
+    assert verifiers, "there is no verifier process to be struck"
+    for verifier in verifiers:
+        verifier.send_signal(number)
 
 
 @dataclass
