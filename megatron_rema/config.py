@@ -335,11 +335,26 @@ def load(cfg: DictConfig) -> RunConfig:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
             raise ConfigError(f"{missing[0]} is not set and has no default: give {missing[0]}=VALUE on the command line.")
-        return TypeAdapter(RunConfig).validate_python(OmegaConf.to_container(cfg, resolve=True))
+        given = OmegaConf.to_container(cfg, resolve=True)
+        _check_texts(given)
+        return TypeAdapter(RunConfig).validate_python(given)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     except ValidationError as error:
         raise ConfigError(" | ".join(_explain(detail) for detail in error.errors())) from error
+
+
+def _check_texts(tree: Any, key: str = "") -> None:
+    """Bytes of the command line that are no UTF-8 reach us as halves of characters, which no file of the run could hold."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            _check_texts(str(name), f"{key}{ascii(name)[1:-1]}")
+            _check_texts(value, f"{key}{name}.")
+    elif isinstance(tree, list):
+        for value in tree:
+            _check_texts(value, key)
+    elif isinstance(tree, str) and any("\ud800" <= character <= "\udfff" for character in tree):
+        raise ConfigError(f"{key.rstrip('.')} is {tree!a}; it must be valid Unicode: give it as UTF-8.")
 
 
 def _explain(detail: Any) -> str:

@@ -126,6 +126,11 @@ def test_an_override_without_a_key_is_a_message():
         composed_from(["=1"])
 
 
+def test_half_a_character_in_a_setting_is_named_by_its_key():
+    with pytest.raises(ConfigError, match=r"task\.name is 'x\\udcff'; it must be valid Unicode"):
+        load(composed_from(["model.path=x", "task.name=x\udcff"]))
+
+
 def test_a_name_that_no_file_can_have_is_a_message(tmp_path):
     (tmp_path / "file").write_text("")
     for run_dir in (str(tmp_path / ("a" * 300)), str(tmp_path / "file")):
