@@ -44,7 +44,7 @@ audit: $(STAMP)  ## known vulnerabilities of what is installed (needs the networ
 	PYTHONPATH=build/audit $(BIN)/python -m pip_audit --local --skip-editable
 
 test: check  ## every CPU test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels tests/distributed tests/system -q --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels tests/fuzz tests/distributed tests/system -q --durations=15
 
 # Others' code is installed apart (372 MB) and only these tests look into that folder.
 golden: $(GOLDEN)/.installed  ## algorithm/ against verl, TRL, OpenRLHF and pandas

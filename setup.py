@@ -47,7 +47,7 @@ class WithLibraries(Distribution):
 
 
 setup(
-    packages=[*find_packages(include=["megatron_rema", "megatron_rema.*"]), CONF],
+    packages=[*find_packages(include=["megatron_rema", "megatron_rema.*"]), CONF, "hydra_plugins"],  # a namespace that others share
     package_dir={CONF: "conf"},
     package_data={
         CONF: ["*.yaml", "*/*.yaml", "*/*/*.yaml"],

@@ -33,6 +33,9 @@ NPROC=${NPROC:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
 [[ "$NNODES" =~ ^[1-9][0-9]*$ ]] || fail "NNODES is '$NNODES'; it must be a number of nodes."
 [[ "$HEAD" =~ ^.+:[0-9]+$ ]] || fail "HEAD is '$HEAD'; it must be HOST:PORT."
 [[ "$NPROC" =~ ^[1-9][0-9]*$ ]] || fail "NPROC is '$NPROC'; no GPU was found, or it is no number: set NPROC to the number of ranks of a node."
+# torchrun keeps the address of its first round's store for good, so that a node which comes back waits for it in vain (torch 2.13); without
+# sharing it every round has its own. That one lives in rank 0's process: the watchdog talks by way of HEAD instead.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1} MEGATRON_REMA_MEETING=$HEAD
 exec torchrun --nnodes "$NNODES" --nproc-per-node "$NPROC" --max-restarts "${MAX_RESTARTS:-3}" \
   --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id "$JOB_ID" ${NODE_ADDR:+--local-addr "$NODE_ADDR"} \
   -m "megatron_rema.${DOOR:-train}" "$@"

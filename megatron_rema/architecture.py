@@ -6,10 +6,14 @@ package cannot train exactly (sliding windows, other rope types, quantised weigh
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_rema.reading import brief, is_file, json_object
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 
@@ -18,6 +22,11 @@ _LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_
 
 # Columns of the vocabulary per rank are a multiple of this: 16-byte rows in bfloat16, which tensor cores want.
 _VOCAB_MULTIPLE = 8
+
+_LARGEST = 2**31 - 1  # of a size: what indices of tensors hold
+_SIZES = ("hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "max_positions")
+_MOST_LAYERS = 4096
+_MOST_PARTS = 4096  # that are offered where a layout does not fit
 
 
 @dataclass(frozen=True)
@@ -47,54 +56,68 @@ class Architecture:
     def from_pretrained(cls, path: str | Path) -> Architecture:
         """Reads ``path/config.json`` (and the stop tokens of generation_config.json). Raises ValueError naming what is not supported."""
         file = Path(path) / "config.json"
-        if not file.is_file():
+        if not is_file(file):
             raise ValueError(f"{path} has no config.json; it must be a Hugging Face checkpoint folder: correct model.path.")
-        config = json.loads(file.read_text())
         generation = Path(path) / "generation_config.json"
-        more_eos = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
-        return cls.from_config(config, source=str(file), more_eos=more_eos)
+        more_eos = _ids(json_object(generation), str(generation)) if generation.is_file() else []
+        return cls.from_config(json_object(file), source=str(file), more_eos=more_eos)
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], *, source: str = "config.json", more_eos: int | list[int] | None = None) -> Architecture:
+    def from_config(cls, config: dict[str, Any], *, source: str = "config.json", more_eos: list[int] | None = None) -> Architecture:
         """From the parsed ``config.json``; both spellings of rope (``rope_parameters`` of transformers 5, the older flat keys) are read."""
         family = config.get("model_type")
         if family not in FAMILIES:
-            raise ValueError(f"{source}: model_type is {family!r}; supported are {', '.join(FAMILIES)}: choose such a checkpoint.")
+            raise ValueError(f"{source}: model_type is {brief(family)}; supported are {', '.join(FAMILIES)}: choose such a checkpoint.")
         _refuse_what_we_cannot_train(config, family, source)
 
-        def need(key: str) -> int:
-            if not isinstance(config.get(key), int):
-                raise ValueError(f"{source}: {key} is {config.get(key)!r}; it must be an integer: complete the file.")
-            return config[key]
+        def need(key: str, default: int | None = None, most: int = _LARGEST) -> int:
+            value = default if config.get(key) is None else config[key]
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise ValueError(f"{source}: {key} is {brief(value)}; it must be an integer from 1 to {most}: correct the file.")
+            return value
 
         heads, hidden = need("num_attention_heads"), need("hidden_size")
         rope_theta, rope_factor = _rope(config, source)
         num_scalars = _num_scalars(config, source)
         arch = cls(
             family=family,
-            num_layers=need("num_hidden_layers"),
+            num_layers=need("num_hidden_layers", most=_MOST_LAYERS),
             hidden_size=hidden,
             ffn_hidden_size=need("intermediate_size"),
             num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or (128 if family == "qwen3" else hidden // heads),
+            num_kv_heads=need("num_key_value_heads", heads),
+            head_dim=need("head_dim", 128 if family == "qwen3" else max(hidden // heads, 1)),
             vocab_size=need("vocab_size"),
             rope_theta=rope_theta,
             rope_scaling_factor=rope_factor,
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=_positive(config, "rms_norm_eps", 1e-6, source),
             qkv_bias=family == "qwen2",
             qk_norm=family == "qwen3",
             tied=bool(config.get("tie_word_embeddings", False)) and num_scalars == 0,
-            max_positions=int(config.get("max_position_embeddings", 2048)),
+            max_positions=need("max_position_embeddings", 2048),
             num_scalars=num_scalars,
-            initializer_range=float(config.get("initializer_range", 0.02)),
-            eos_token_ids=tuple(dict.fromkeys(_ids(config.get("eos_token_id")) + _ids(more_eos))),
+            initializer_range=_positive(config, "initializer_range", 0.02, source),
+            eos_token_ids=tuple(dict.fromkeys(_ids(config, source) + list(more_eos or ()))),
         )
         if arch.num_heads % arch.num_kv_heads:
             raise ValueError(
                 f"{source}: num_attention_heads ({arch.num_heads}) must be a multiple of num_key_value_heads ({arch.num_kv_heads}); "
                 f"got remainder {arch.num_heads % arch.num_kv_heads}: correct the file."
             )
+        return arch
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any], *, source: str) -> Architecture:
+        """What ``dataclasses.asdict`` gave, back from a checkpoint's state.json. Raises ValueError naming the field."""
+        try:
+            arch = TypeAdapter(cls).validate_python(stored)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{source}: {field} is {brief(first['input'])}, which no save wrote: copy the checkpoint again.") from None
+        for field, most in (("num_layers", _MOST_LAYERS), *((name, _LARGEST) for name in _SIZES)):
+            if not 1 <= getattr(arch, field) <= most:
+                raise ValueError(f"{source}: {field} is {brief(getattr(arch, field))}, which no save wrote: copy the checkpoint again.")
         return arch
 
     def __post_init__(self) -> None:
@@ -125,7 +148,7 @@ class Architecture:
                 remainder = f"got remainder {value % parts}: " if parts > 0 else ""
                 raise ValueError(
                     f"parallel.{axis} ({parts}) must divide {name} ({value}) of this {self.family} model; {remainder}"
-                    f"choose one of {', '.join(str(n) for n in range(1, value + 1) if value % n == 0)}."
+                    f"choose one of {', '.join(str(n) for n in range(1, min(value, _MOST_PARTS) + 1) if value % n == 0)}."
                 )
         if virtual < 1 or (virtual > 1 and pipeline == 1):
             raise ValueError(
@@ -142,39 +165,59 @@ class Architecture:
 
 def _num_scalars(config: dict[str, Any], source: str) -> int:
     """0 for a language model; the number of labels of a sequence- or token-classification checkpoint."""
-    kind = (config.get("architectures") or ["ForCausalLM"])[0]
-    if kind.endswith(("ForSequenceClassification", "ForTokenClassification")):
-        return int(config.get("num_labels") or len(config.get("id2label") or (0, 1)))
-    if not kind.endswith("ForCausalLM"):
+    kinds = config.get("architectures") or ["ForCausalLM"]
+    kind = kinds[0] if isinstance(kinds, list) else kinds
+    if not isinstance(kind, str) or not kind.endswith(("ForCausalLM", "ForSequenceClassification", "ForTokenClassification")):
         raise ValueError(
-            f"{source}: architectures is {kind!r}; it must end in ForCausalLM or ForSequenceClassification: choose another checkpoint."
+            f"{source}: architectures is {brief(kind)}; it must end in ForCausalLM or ForSequenceClassification: choose another checkpoint."
         )
-    return 0
+    if kind.endswith("ForCausalLM"):
+        return 0
+    labels = config.get("id2label") or (0, 1)
+    count = config.get("num_labels") or (len(labels) if isinstance(labels, dict | tuple) else labels)
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= _LARGEST:
+        raise ValueError(f"{source}: num_labels is {brief(count)}; it must be an integer from 1 on: correct the file.")
+    return count
 
 
-def _ids(value: int | list[int] | None) -> list[int]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list) else [value]
+def _ids(config: dict[str, Any], source: str) -> list[int]:
+    value = config.get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(one, int) and not isinstance(one, bool) and 0 <= one <= _LARGEST for one in ids):
+        raise ValueError(f"{source}: eos_token_id is {brief(value)}; it must be a token id or a list of them: correct the file.")
+    return ids
+
+
+def _positive(config: dict[str, Any], key: str, default: float, source: str) -> float:
+    value = default if config.get(key) is None else config[key]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= _LARGEST or math.isinf(value):
+        raise ValueError(f"{source}: {key} is {brief(value)}; it must be a number above 0: correct the file.")
+    return float(value)
 
 
 def _rope(config: dict[str, Any], source: str) -> tuple[float, float | None]:
     """(theta, llama 3 factor or None). transformers 5 writes ``rope_parameters``; older files ``rope_theta`` and ``rope_scaling``."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    if not isinstance(rope, dict):
+        raise ValueError(f"{source}: rope_parameters (or rope_scaling) is {brief(rope)}; it must be an object: correct the file.")
+    theta = _positive(rope if rope.get("rope_theta") else config, "rope_theta", 10000.0, source)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError(f"{source}: partial_rotary_factor is not 1.0; only full rotary embeddings are supported: choose another model.")
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise ValueError(f"{source}: rope_type is {kind!r}; supported are default and llama3: remove the scaling or choose another model.")
+        raise ValueError(
+            f"{source}: rope_type is {brief(kind)}; supported are default and llama3: remove the scaling or choose another model."
+        )
     for key, constant in _LLAMA3_CONSTANTS.items():
         if rope.get(key, constant) != constant:
-            raise ValueError(f"{source}: {key} is {rope[key]}; megatron-core's llama3 rope fixes it at {constant}: choose another model.")
+            raise ValueError(
+                f"{source}: {key} is {brief(rope[key])}; megatron-core's llama3 rope fixes it at {constant}: choose another model."
+            )
     if "factor" not in rope:
         raise ValueError(f"{source}: rope_type is llama3 without factor; it must be given: complete the file.")
-    return theta, float(rope["factor"])
+    return theta, _positive(rope, "factor", 1.0, source)
 
 
 def _refuse_what_we_cannot_train(config: dict[str, Any], family: str, source: str) -> None:
@@ -189,7 +232,10 @@ def _refuse_what_we_cannot_train(config: dict[str, Any], family: str, source: st
     for key, default, allowed in rules:
         value = config.get(key, default)
         if value not in allowed and not (family == "qwen2" and key == "attention_bias"):
-            raise ValueError(f"{source}: {key} is {value!r}; a supported {family} model has {allowed[0]!r}: choose another checkpoint.")
-    other = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
+            raise ValueError(
+                f"{source}: {key} is {brief(value)}; a supported {family} model has {allowed[0]!r}: choose another checkpoint."
+            )
+    kinds = config.get("layer_types") or []
+    other = [kind for kind in (kinds if isinstance(kinds, list) else [kinds]) if kind != "full_attention"]
     if other:
-        raise ValueError(f"{source}: layer_types has {other[0]!r}; only full_attention is supported: choose another checkpoint.")
+        raise ValueError(f"{source}: layer_types has {brief(other[0])}; only full_attention is supported: choose another checkpoint.")

@@ -15,9 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from megatron_rema.reading import brief
 from megatron_rema.types import JUDGED_FIELDS, AnswerFormat, Role
 
-_STRICT = ConfigDict(extra="forbid")
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)  # NaN passes every comparison that a range makes
 
 Count = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -156,6 +157,10 @@ class RewardConfig:
     mask_unfinished_reward: bool = True  # an episode that did not finish earns 0
     verifier_processes: Count = 1  # per rank
     verifier_timeout_s: Positive = 5.0
+    # "module:name" of a function of the user's: Episode (verdict and score filled) -> {component: amount, or {role: amount}}; each is
+    # added to the last turn of whom it names. Must give the same on every rank.
+    function: str | None = None
+    weights: dict[str, float] = field(default_factory=dict)  # of components by name, ``outcome`` (the scheme's) among them; 1 otherwise
     model_path: str | None = None  # a reward model (sequence-classification folder) that scores the reasoner's view of each episode
     model_weight: float = 1.0  # added to both roles' rewards: model_weight * score
     model_ensemble: Literal["mean", "min"] = "mean"  # over the reward model's heads
@@ -226,11 +231,25 @@ class OptimizerConfig:
     min_lr: NonNegative = 0.0
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: NonNegativeInt = 0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: Positive = 1e-8
     weight_decay: NonNegative = 0.0
     grad_clip: NonNegative = 1.0  # global norm; 0 turns clipping off
+
+
+@dataclass(frozen=True, config=_STRICT)
+class IntegrityConfig:
+    """Signals every step, audits on a budget, and what follows from them (docs/integrity.md)."""
+
+    mode: Literal["off", "monitor"] = "off"
+    oracle: str = (
+        "verdict"  # gold of an episode: verdict (right and finished, strictly read), or "module:name" of a function Episode -> float
+    )
+    audit_every: Count = 25  # steps; a signal that fires asks for an earlier one
+    audit_problems: Count = 64  # at most; the first so many training problems of a shuffle of their own
+    budget_frac: Annotated[float, Field(gt=0, le=1)] = 0.03  # audits sample at most this times what training samples
+    start_steps: Count = 5  # first steps that signals compare with
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -264,6 +283,8 @@ class TrainerConfig:
     max_skipped_updates: NonNegativeInt = 5  # so many updates of a model in a row without finite gradients end the run; 0: none do
     asynchronous_checkpoints: bool = False  # write in a thread while training goes on, from a copy of the state in host memory
     save_hf: bool = True  # export each policy as a Hugging Face checkpoint at the end
+    # > 0: when no rank has got on for so long, name where each waits, and end with exit code 75 (trainer/watchdog.py)
+    watchdog_seconds: NonNegative = 1800.0
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
 
 
@@ -283,12 +304,15 @@ class RunConfig:
     algorithm: AlgorithmConfig
     critic: CriticConfig
     optimizer: OptimizerConfig
+    integrity: IntegrityConfig
     trainer: TrainerConfig
     kernels: Literal["auto", "fused", "reference"] = "auto"  # compiled kernels, or plain torch
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what every library takes
     private_run_dir: bool = True  # a new run folder is for its owner only (mode 0700); false: as the umask says
     resume: bool = False  # continue run_dir from its latest checkpoint; what the launcher starts again does so by itself
     resume_from: str | None = None  # with resume: this checkpoint instead of the latest
+    explain: bool = False  # print every derived number and end, without a device or a process group
+    world_size: Count | None = None  # ranks that explain counts with; None: those of the launcher
     score_file: str | None = None  # evaluate: score saved responses instead of playing dialogues
 
     @property
@@ -311,18 +335,33 @@ def load(cfg: DictConfig) -> RunConfig:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
             raise ConfigError(f"{missing[0]} is not set and has no default: give {missing[0]}=VALUE on the command line.")
-        return TypeAdapter(RunConfig).validate_python(OmegaConf.to_container(cfg, resolve=True))
+        given = OmegaConf.to_container(cfg, resolve=True)
+        _check_texts(given)
+        return TypeAdapter(RunConfig).validate_python(given)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     except ValidationError as error:
         raise ConfigError(" | ".join(_explain(detail) for detail in error.errors())) from error
 
 
+def _check_texts(tree: Any, key: str = "") -> None:
+    """Bytes of the command line that are no UTF-8 reach us as halves of characters, which no file of the run could hold."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            _check_texts(str(name), f"{key}{ascii(name)[1:-1]}")
+            _check_texts(value, f"{key}{name}.")
+    elif isinstance(tree, list):
+        for value in tree:
+            _check_texts(value, key)
+    elif isinstance(tree, str) and any("\ud800" <= character <= "\udfff" for character in tree):
+        raise ConfigError(f"{key.rstrip('.')} is {tree!a}; it must be valid Unicode: give it as UTF-8.")
+
+
 def _explain(detail: Any) -> str:
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "unexpected_keyword_argument":
-        return f"{key} is {detail['input']!r}; there is no such key: see --help for the keys, or remove it."
-    return f"{key} is {detail['input']!r}; {detail['msg'][0].lower()}{detail['msg'][1:]}."
+        return f"{key} is {brief(detail['input'])}; there is no such key: see --help for the keys, or remove it."
+    return f"{key} is {brief(detail['input'])}; {detail['msg'][0].lower()}{detail['msg'][1:]}."
 
 
 def as_mapping(config: RunConfig) -> dict[str, Any]:
@@ -534,12 +573,19 @@ def check_run_dir(run_dir: str, resume: bool, resume_from: str | None = None) ->
         if not resume:
             raise ConfigError(f"resume_from is {resume_from} with resume=false; a resumed run begins there: set resume=true too.")
         check_file("resume_from", resume_from)
-    exists = Path(run_dir).exists() and any(Path(run_dir).iterdir())
+    try:
+        exists = Path(run_dir).exists() and any(Path(run_dir).iterdir())
+    except OSError as error:  # a file, a name that no folder can have, or one of somebody else
+        raise ConfigError(f"run_dir is {brief(run_dir)}: {error.strerror}; give a folder that is yours, or a new name.") from None
     if exists and not resume:
         raise ConfigError(f"run_dir {run_dir} exists and is not empty; set resume=true to continue it, or choose another run_dir.")
 
 
 def check_file(name: str, path: str | None) -> None:
     """A named input must exist before any model is built."""
-    if path is None or not Path(path).exists():
+    try:
+        exists = path is not None and Path(path).exists()
+    except OSError as error:
+        raise ConfigError(f"{name} is {brief(path)}: {error.strerror}; correct the path.") from None
+    if not exists:
         raise ConfigError(f"{name} is {path}; no such file or folder: create it or correct the path.")

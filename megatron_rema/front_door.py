@@ -1,7 +1,7 @@
 """What every front door shares: compose the configuration, check it, and turn bad input into one message and exit code 2.
 
-``--help``, ``--cfg`` and ``-m`` are Hydra's own; a plain run composes without Hydra's working-folder and logging machinery,
-which under torchrun would run once in every rank.
+``--help`` and ``--cfg`` are Hydra's own, ``-m`` is a sweep (hydra_plugins/megatron_rema_launchers.py); a plain run composes without Hydra's
+working-folder and logging machinery, which under torchrun would run once in every rank.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_rema.config import ConfigError, RunConfig, check, load
+from megatron_rema.planning.explain import everything
 from megatron_rema.trainer.restart import continued
 
 BAD_INPUT_EXIT_CODE = 2
@@ -71,10 +72,48 @@ def _end(error: Exception, run_dir: str) -> None:
     os._exit(BAD_INPUT_EXIT_CODE if is_bad_input else faults.EXIT_CODE)
 
 
+def composed_from(arguments: list[str]) -> DictConfig:
+    """What Hydra makes of the command line. Raises ConfigError."""
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            return compose("config", overrides=arguments)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # hydra's own checks of a group raise ValueError
+        raise ConfigError(" ".join(str(error).split()) + " See --help for every key and group.") from error
+
+
 def _checked(cfg: DictConfig) -> RunConfig:
     config = continued(load(cfg))
-    check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check(config, _world_size(config))
     return config
+
+
+def _swept(application: Callable[[], None]) -> None:
+    """Hydra's multirun, whose errors end like any others: it would print what is wrong with a key as a traceback, with exit code 1."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _say("-m under torchrun would start one sweep a rank; it starts torchrun itself, once a job: python -m megatron_rema.train -m ...")
+        os._exit(BAD_INPUT_EXIT_CODE)
+    wanted = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra pass exceptions on
+    try:
+        application()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if wanted or os.environ.get("MEGATRON_REMA_TRACEBACK"):
+            raise
+        _say(" ".join(str(error).split()))
+        sys.exit(BAD_INPUT_EXIT_CODE)
+
+
+def _world_size(config: RunConfig) -> int:
+    """The launcher's, unless ``explain`` asks what another would do. Raises ConfigError where a run is told a number that is not so."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.world_size in (None, launched):
+        return launched
+    if not config.explain:
+        raise ConfigError(
+            f"world_size is {config.world_size} and the launcher started {launched} rank(s); a run has the launcher's: leave it out, or "
+            "ask with explain=true what that number would mean."
+        )
+    return config.world_size
 
 
 def enter(name: str, run: Callable[[RunConfig], None]) -> None:
@@ -86,7 +125,11 @@ def enter(name: str, run: Callable[[RunConfig], None]) -> None:
 
     def guarded(cfg: DictConfig) -> None:
         try:
-            run(_checked(cfg))
+            config = _checked(cfg)
+            if not config.explain:
+                run(config)
+            elif os.environ.get("RANK", "0") == "0":
+                print("\n".join(everything(config, _world_size(config), name)))
         except Exception as error:
             if not os.environ.get("MEGATRON_REMA_TRACEBACK"):
                 _end(error, str(cfg.get("run_dir")))
@@ -99,12 +142,19 @@ def enter(name: str, run: Callable[[RunConfig], None]) -> None:
     arguments = sys.argv[1:]
     if any(argument.startswith("-") for argument in arguments):
         sys.argv[0] = name
-        hydra_main(version_base="1.3", config_path=str(config_dir()), config_name="config")(guarded)()
+        guarded.door = name  # what a sweep starts for each of its jobs
+        application = hydra_main(version_base="1.3", config_path=str(config_dir()), config_name="config")(guarded)
+        if {"-m", "--multirun"} & set(arguments):
+            _swept(application)
+        else:
+            application()
         return
+    if chosen := [argument for argument in arguments if argument.lstrip("+").startswith("sweep=")]:
+        _say(f"{chosen[0]} names a sweep, which is several runs; give -m as well: python -m megatron_rema.{name} -m {' '.join(arguments)}")
+        sys.exit(BAD_INPUT_EXIT_CODE)
     try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            cfg = compose("config", overrides=arguments)
-    except (HydraException, OmegaConfBaseException) as error:
-        _say(" ".join(str(error).split()) + " See --help for every key and group.")
+        cfg = composed_from(arguments)
+    except ConfigError as error:
+        _say(str(error))
         sys.exit(BAD_INPUT_EXIT_CODE)
     guarded(cfg)

@@ -163,6 +163,8 @@ class Episode:
     verdict: Verdict | None = None
     score: dict[str, float] = field(default_factory=dict)  # reward components, raw
     turn_rewards: dict[Role, list[float]] = field(default_factory=dict)  # [K] per role
+    # What each component added to turn_rewards, as weighted and shaped: component -> role -> [K]. They sum to turn_rewards.
+    reward_parts: dict[str, dict[Role, list[float]]] = field(default_factory=dict)
     advantages: dict[Role, list[float]] = field(default_factory=dict)  # [K] per role
     plan_of: str | None = None  # episode_id whose first meta-thinker turn this episode shares (several answers to one plan); None: its own
     # Without the plan under test: a baseline, never trained on. prompt_id: its plan is empty (not sampled); episode_id: the plan of
@@ -179,6 +181,25 @@ class Episode:
     @property
     def num_sampled_tokens(self) -> int:
         return sum(len(turn.completion.token_ids) for turn in self.turns)
+
+    def add_reward(self, component: str, role: Role, amount: float, *, ceiling: float | None = None) -> None:
+        """Add to the reward of the role's last turn. ``ceiling``: the most it may be then; what that takes away is component ``mask``."""
+        rewards = self.turn_rewards.setdefault(role, [0.0] * len(self.turns_of(role)))
+        before = rewards[-1]
+        rewards[-1] = before + amount
+        self._part(component, role)[-1] += amount
+        if ceiling is not None and rewards[-1] > ceiling:
+            self._part("mask", role)[-1] += ceiling - rewards[-1]
+            rewards[-1] = ceiling
+
+    def drop_reward(self, role: Role) -> None:
+        """The role is not rewarded in this episode."""
+        del self.turn_rewards[role]
+        for part in self.reward_parts.values():
+            part.pop(role, None)
+
+    def _part(self, component: str, role: Role) -> list[float]:
+        return self.reward_parts.setdefault(component, {}).setdefault(role, [0.0] * len(self.turn_rewards[role]))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -202,6 +223,7 @@ class Episode:
             verdict=None if row["verdict"] is None else Verdict(row["verdict"]),
             score=dict(row["score"]),
             turn_rewards={Role(role): list(v) for role, v in row["turn_rewards"].items()},
+            reward_parts={name: {Role(role): list(v) for role, v in part.items()} for name, part in row.get("reward_parts", {}).items()},
             advantages={Role(role): list(v) for role, v in row["advantages"].items()},
             plan_of=row.get("plan_of"),
             counterfactual_of=row.get("counterfactual_of"),

@@ -7,7 +7,6 @@ tensor is read; what is written is opened again and checked before the folder ta
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from megatron_rema.bridge.megatron_folder import LAYOUT, MegatronFolder, Megatro
 from megatron_rema.bridge.names import Entry, hf_shapes, name_map
 from megatron_rema.bridge.stream import TensorFile
 from megatron_rema.bridge.training_checkpoint import TrainingCheckpoint
+from megatron_rema.reading import json_object
 
 Advance = Callable[[str, int], None]  # (name, bytes) of what was just read
 
@@ -139,4 +139,4 @@ def _copy_companions(source_dir: Path, target: Path) -> None:
         for file in source_dir.glob(pattern):
             if file.is_file():
                 shutil.copy2(file, target / file.name)
-    json.loads((target / "config.json").read_text())
+    json_object(target / "config.json")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_rema.architecture import Architecture
 from megatron_rema.bridge.names import hf_shapes
+from megatron_rema.reading import brief, json_object
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -42,7 +43,7 @@ class CheckpointReader:
         for file in _weight_files(self.path):
             try:
                 opened = safe_open(file, framework="pt", device="cpu")
-            except (SafetensorError, FileNotFoundError) as error:
+            except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} cannot be read ({error}); the folder is incomplete: copy or download it again.") from error
             self._files.update(dict.fromkeys(opened.keys(), opened))
         self._check_tensors(arch)
@@ -98,7 +99,7 @@ def write_checkpoint(
     assert next(stream, None) is None, "more tensors than the architecture has"
     if len(files) > 1:
         _write_json(partial / _INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
-    config = json.loads((source_dir / "config.json").read_text())
+    config = json_object(source_dir / "config.json")
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
     if arch.num_scalars:
         config["architectures"] = [f"{arch.family.capitalize()}ForSequenceClassification"]
@@ -134,7 +135,12 @@ def _write_json(file: Path, value: dict) -> None:
 
 def _weight_files(path: Path) -> list[Path]:
     if (path / _INDEX).is_file():
-        return [path / name for name in sorted(set(json.loads((path / _INDEX).read_text())["weight_map"].values()))]
+        files = json_object(path / _INDEX).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(name, str) and Path(name).name == name for name in files.values()):
+            raise ValueError(
+                f"{path / _INDEX}: weight_map is {brief(files)}; it must give each tensor the name of a file beside it: download it again."
+            )
+        return [path / name for name in sorted(set(files.values()))]
     if (path / _SINGLE).is_file():
         return [path / _SINGLE]
     raise ValueError(f"{path} has neither {_SINGLE} nor {_INDEX}; weights must be safetensors: convert or complete the folder.")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_rema.bridge.megatron_folder import LAYOUT
+from megatron_rema.bridge import no_pickle
+from megatron_rema.bridge.megatron_folder import LAYOUT, read_layout
 from megatron_rema.bridge.stream import TensorFile
+from megatron_rema.bridge.training_checkpoint import read_metadata, read_state
+from megatron_rema.reading import brief, is_file, json_object
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,19 @@ class Listing:
 
 def list_folder(path: Path) -> Listing:
     """Raises ValueError where ``path`` holds no weights, or a file's header does not fit the file."""
-    if (path / "state.json").is_file():
+    if is_file(path / "state.json"):
         return _training_checkpoint(path)
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{path} holds no weights: neither *.safetensors nor the state.json of a training checkpoint is there.")
     about = {}
     if (path / LAYOUT).is_file():
-        layout = json.loads((path / LAYOUT).read_text())
+        layout = read_layout(path)
         about = {key: str(layout[key]) for key in ("tensor", "pipeline", "dtype")}
     if (path / "config.json").is_file():
-        config = json.loads((path / "config.json").read_text())
-        about["model"] = str((config.get("architectures") or [config.get("model_type")])[0])
+        config = json_object(path / "config.json")
+        kinds = config.get("architectures")
+        about["model"] = brief(kinds[0] if isinstance(kinds, list) and kinds else config.get("model_type")).strip("'")
     rows = [
         Row(name, stored.shape, _short(stored.dtype), stored.num_bytes, _shard_name(file))
         for file in files
@@ -55,10 +57,11 @@ def list_folder(path: Path) -> Listing:
 
 
 def _training_checkpoint(path: Path) -> Listing:
-    state = json.loads((path / "state.json").read_text())
+    no_pickle.contain()
+    state = read_state(path)
     rows = []
     for model in state["architectures"]:
-        for key, stored in FileSystemReader(str(path / model)).read_metadata().state_dict_metadata.items():
+        for key, stored in read_metadata(path / model).state_dict_metadata.items():
             if isinstance(stored, TensorStorageMetadata):
                 shape, dtype = tuple(stored.size), stored.properties.dtype
                 rows.append(Row(f"{model}/{key}", shape, _short(dtype), math.prod(shape) * dtype.itemsize, f"{len(stored.chunks)} pieces"))

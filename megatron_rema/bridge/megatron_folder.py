@@ -13,6 +13,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from megatron_rema.architecture import Architecture
 from megatron_rema.bridge.layout import pad_rows, shard, shard_shape, to_hf, to_megatron
 from megatron_rema.bridge.names import Entry, Kind, name_map
 from megatron_rema.bridge.stream import TensorFile, TensorWriter
+from megatron_rema.reading import brief, json_object
 
 LAYOUT = "layout.json"
 _FORMAT = "megatron_rema weights 1"
@@ -49,6 +51,22 @@ def entries_of_stage(arch: Architecture, pipeline_rank: int, pipeline: int) -> d
     }
 
 
+def read_layout(path: Path) -> dict[str, Any]:
+    """``layout.json`` of a Megatron folder. Raises ValueError for one that this package has not written."""
+    layout = json_object(path / LAYOUT, "convert the folder again.")
+    if layout.get("format") != _FORMAT:
+        raise ValueError(f"{path / LAYOUT}: format is {brief(layout.get('format'))}; this version reads {_FORMAT!r}: convert it again.")
+    for key, is_right, rule in (
+        ("tensor", lambda value: type(value) is int and 1 <= value <= 4096, "an integer from 1 to 4096"),
+        ("pipeline", lambda value: type(value) is int and 1 <= value <= 4096, "an integer from 1 to 4096"),
+        ("dtype", lambda value: isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype), "a dtype of torch"),
+        ("files", lambda value: isinstance(value, dict), "an object"),
+    ):
+        if not is_right(layout.get(key)):
+            raise ValueError(f"{path / LAYOUT}: {key} is {brief(layout.get(key))}; it must be {rule}: convert the folder again.")
+    return layout
+
+
 class MegatronFolder:
     """Full Hugging Face tensors out of a Megatron folder. Opening it checks names, shapes, dtypes and bytes of ALL tensors (headers only).
 
@@ -57,9 +75,7 @@ class MegatronFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = self.config_dir = path
-        layout = json.loads((path / LAYOUT).read_text())
-        if layout.get("format") != _FORMAT:
-            raise ValueError(f"{path / LAYOUT}: format is {layout.get('format')!r}; this version reads {_FORMAT!r}: convert it again.")
+        layout = read_layout(path)
         self.tensor, self.pipeline = layout["tensor"], layout["pipeline"]
         self.dtype: torch.dtype = getattr(torch, layout["dtype"])
         self.arch = Architecture.from_pretrained(path)

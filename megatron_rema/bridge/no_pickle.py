@@ -13,9 +13,13 @@ from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint import default_planner, filesystem
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_rema.parallel.platform import View
 
+# What reading a pickle of arbitrary bytes may raise, by the documentation of pickle and by trial.
+_NO_PLAN = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
+NO_TENSOR = (OSError, ValueError, RuntimeError, KeyError, *_NO_PLAN)  # what torch's reader says of bytes that are no tensor
 _FORCED = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _METADATA, _PLANNER = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"
 _KNOWN = {
@@ -41,8 +45,14 @@ def contain() -> None:
 
 
 def read_plan(file: IO[bytes]) -> Any:
-    """What ``pickle.load`` gives for a ``.metadata``. Raises ValueError for a name that no plan holds."""
-    return _Plan(file).load()
+    """What ``pickle.load`` gives for a ``.metadata``. Raises ValueError for a name that no plan holds, and for bytes that are no plan."""
+    try:
+        plan = _Plan(file).load()
+    except _NO_PLAN as error:
+        raise ValueError(f"a checkpoint's .metadata is damaged ({type(error).__name__}): copy the checkpoint again.") from None
+    if not isinstance(plan, Metadata):
+        raise ValueError(f"a checkpoint's .metadata holds {type(plan).__name__}, not the plan of tensors: copy the checkpoint again.")
+    return plan
 
 
 class _Plan(pickle.Unpickler):

@@ -18,6 +18,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from megatron_rema.reading import brief
+
 Shape = tuple[int, ...]
 
 _DTYPES = {
@@ -61,7 +63,9 @@ class TensorFile:
                 header = json.loads(file.read(length)) if length <= path.stat().st_size else None
         except FileNotFoundError:
             raise ValueError(f"{path} is missing; the folder is incomplete: copy or convert it again.") from None
-        except ValueError:  # JSON or UTF-8
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}; correct its rights, or copy or convert it again.") from None
+        except (ValueError, RecursionError):  # JSON or UTF-8
             header = None
         if not isinstance(header, dict):
             raise ValueError(f"{path} cannot be read: its header is damaged; copy or convert it again.")
@@ -69,6 +73,8 @@ class TensorFile:
         self.tensors: dict[str, Stored] = {}
         end = data = 8 + length
         for name, row in header.items():
+            if not _is_tensor(row):
+                raise ValueError(f"{path}: tensor {name} is {brief(row)}, which is no dtype, shape and data_offsets: the file is damaged.")
             begin, stop = row["data_offsets"]
             if row["dtype"] not in _DTYPES:
                 raise ValueError(f"{path}: tensor {name} has dtype {row['dtype']}; supported are {', '.join(_DTYPES)}: convert it first.")
@@ -139,6 +145,14 @@ class TensorWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
         assert kind is not None or not self._missing, f"never written: {sorted(self._missing)}"
+
+
+def _is_tensor(row: object) -> bool:
+    """A header's row has the form that the format asks for."""
+    if not isinstance(row, dict) or not isinstance(row.get("dtype"), str):
+        return False
+    numbers = (row.get("shape"), row.get("data_offsets"))
+    return all(isinstance(part, list) and all(type(n) is int and 0 <= n < 2**63 for n in part) for part in numbers) and len(numbers[1]) == 2
 
 
 def _bytes_of(tensor: Tensor):

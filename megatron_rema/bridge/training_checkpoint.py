@@ -8,20 +8,42 @@ a leading axis of layers. Read piece by piece here, because loading a whole key 
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_rema.architecture import Architecture
 from megatron_rema.bridge import no_pickle
 from megatron_rema.bridge.layout import shard_shape, to_hf
 from megatron_rema.bridge.names import Entry, Kind, canonical_name, name_map
+from megatron_rema.reading import brief, json_object
 
 _LAYERS = "decoder.layers."
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """``state.json`` of a training checkpoint. Raises ValueError where it does not name the models beside it."""
+    file, remedy = path / "state.json", "copy the checkpoint again."
+    state = json_object(file, remedy)
+    models = state.get("architectures")
+    if not isinstance(models, dict) or not models or not all(isinstance(arch, dict) for arch in models.values()):
+        raise ValueError(f"{file}: architectures is {brief(models)}; it must hold the architecture of each model: {remedy}")
+    for name in models:
+        if Path(name).name != name:
+            raise ValueError(f"{file}: architectures names {brief(name)}, which is no folder beside it: {remedy}")
+    return state
+
+
+def read_metadata(path: Path) -> Metadata:
+    """The plan of one model's folder. Raises ValueError naming the folder where there is none or it is damaged."""
+    try:
+        return FileSystemReader(str(path)).read_metadata()
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}/.metadata cannot be read: {error}") from None
 
 
 class TrainingCheckpoint:
@@ -32,15 +54,15 @@ class TrainingCheckpoint:
 
     def __init__(self, path: Path, config_dir: Path, model: str | None = None) -> None:
         no_pickle.contain()
-        architectures = json.loads((path / "state.json").read_text())["architectures"]
+        architectures = read_state(path)["architectures"]
         if model is None and len(architectures) == 1:
             (model,) = architectures
         if model not in architectures:
             raise ValueError(f"{path} holds {', '.join(architectures)}; got model {model}: choose one of them with --model.")
         stored = architectures[model]
-        self.arch = Architecture(**{**stored, "eos_token_ids": tuple(stored["eos_token_ids"])})
+        self.arch = Architecture.from_json(stored, source=f"{path / 'state.json'}, {model}")
         self.path, self.config_dir = path / model, config_dir
-        self._metadata = FileSystemReader(str(self.path)).read_metadata()
+        self._metadata = read_metadata(self.path)
         self._storage = {(index.fqn, tuple(index.offset or ())): info for index, info in self._metadata.storage_data.items()}
         self._keys = self._weight_keys()
         self.dtype = self._check()
@@ -111,6 +133,10 @@ class TrainingCheckpoint:
 
     def _read(self, key: str, offsets: tuple[int, ...]) -> Tensor:
         info = self._storage[key, offsets]
-        with (self.path / info.relative_path).open("rb") as file:
-            file.seek(info.offset)
-            return torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)
+        file = self.path / info.relative_path
+        try:
+            with file.open("rb") as stream:
+                stream.seek(info.offset)
+                return torch.load(io.BytesIO(stream.read(info.length)), map_location="cpu", weights_only=True)
+        except no_pickle.NO_TENSOR as error:
+            raise ValueError(f"{file}: {key} at {offsets} cannot be read ({type(error).__name__}): copy the checkpoint again.") from None

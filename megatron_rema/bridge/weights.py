@@ -21,6 +21,7 @@ from megatron_rema.bridge.layout import shard_shape, to_hf, to_megatron
 from megatron_rema.bridge.names import canonical_name, name_map
 from megatron_rema.parallel.exchange import gather_rows
 from megatron_rema.parallel.groups import Groups
+from megatron_rema.parallel.pulse import beat
 
 Modules = nn.Module | Sequence[nn.Module]  # this rank's stage: one chunk, or its virtual stages
 
@@ -39,6 +40,7 @@ def load_hf(modules: Modules, arch: Architecture, path: str | Path, groups: Grou
     for name, parameter in _own_parameters(modules, arch, groups).items():
         if fresh_head and name == "output_layer.weight":
             continue
+        beat()
         entry = entries[name]
         tensors = [reader.tensor(hf_name) for hf_name in entry.hf_names]
         local = to_megatron(tensors, entry, arch, rank=groups.tensor_rank, size=groups.tensor_size)
@@ -62,6 +64,7 @@ def iterate_hf_tensors(modules: Modules, arch: Architecture, groups: Groups) -> 
     for name, entry in name_map(arch).items():
         if entry.is_copy:
             continue
+        beat()
         assert name in stage_of, f"no pipeline stage holds {name}"
         if stage_of[name] == groups.pipeline_rank:
             local = own[name].detach()

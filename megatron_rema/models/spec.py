@@ -152,6 +152,10 @@ class RotaryInside(SelfAttention):
 
     def forward(self, hidden_states: Tensor, attention_mask: None, *, rotary_pos_emb: Tensor, packed_seq_params: Packing, **rest):
         """rotary_pos_emb: angles [longest, 1, 1, H]."""
+        if hidden_states.stride(0) != hidden_states.stride(1):
+            # The embedding was transposed: a middle dimension of size 1 has any stride. torch.matmul with a frozen weight would then not
+            # fold [T, 1, hidden] into a matrix but repeat the weight for every token.
+            hidden_states = hidden_states.flatten(0, 1)[:, None]
         if packed_seq_params.rotation is None:
             angles = rotary_pos_emb[packed_seq_params.positions, 0]
             dtype = self.config.params_dtype

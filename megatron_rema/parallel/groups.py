@@ -109,12 +109,12 @@ def build_groups(*, tensor: int, pipeline: int) -> Groups:
     data = world // (tensor * pipeline)
     grid = [[[t + tensor * (d + data * p) for t in range(tensor)] for d in range(data)] for p in range(pipeline)]  # [p][d][t]
     lines = [[grid[p][d][t] for p in range(pipeline)] for d in range(data) for t in range(tensor)]  # the pipelines
-    tp = _new_group([grid[p][d] for p in range(pipeline) for d in range(data)])
-    pp = _new_group(lines)
-    dp = _new_group([[grid[p][d][t] for d in range(data)] for p in range(pipeline) for t in range(tensor)])
-    model = _new_group([[grid[p][d][t] for p in range(pipeline) for t in range(tensor)] for d in range(data)])
-    alone = _new_group([[r] for r in range(world)])
-    ends = _new_group([[line[0], line[-1]] for line in lines]) if pipeline > 1 else alone
+    tp = _new_group("tensor", [grid[p][d] for p in range(pipeline) for d in range(data)])
+    pp = _new_group("pipeline", lines)
+    dp = _new_group("data", [[grid[p][d][t] for d in range(data)] for p in range(pipeline) for t in range(tensor)])
+    model = _new_group("model", [[grid[p][d][t] for p in range(pipeline) for t in range(tensor)] for d in range(data)])
+    alone = _new_group("alone", [[r] for r in range(world)])
+    ends = _new_group("embedding", [[line[0], line[-1]] for line in lines]) if pipeline > 1 else alone
     embedding = ends if ends is not None else alone
     assert rank == grid[pp.rank()][dp.rank()][tp.rank()]
     collection = ProcessGroupCollection(tp=tp, pp=pp, mp=model, embd=embedding, pos_embd=alone, dp=dp, dp_cp=dp)
@@ -137,11 +137,12 @@ def _answer_process_globals() -> None:
         tracker.add("model-parallel-rng", 1)
 
 
-def _new_group(partition: list[list[int]]) -> ProcessGroup | None:
-    """Every rank makes every group of ``partition`` (torch demands it); returned is the one this rank is in."""
+def _new_group(name: str, partition: list[list[int]]) -> ProcessGroup | None:
+    """Every rank makes every group of ``partition`` (torch demands it); returned is the one this rank is in. ``name`` is for reports."""
     mine = None
+    timeout = dist.group.WORLD._get_backend(platform.device()).options._timeout  # torch would take the backend's default instead
     for ranks in partition:
-        group = dist.new_group(ranks)
+        group = dist.new_group(ranks, timeout=timeout, group_desc=name)
         if dist.get_rank() in ranks:
             mine = group
     return mine

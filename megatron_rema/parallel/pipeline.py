@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from megatron_rema.parallel import platform
 from megatron_rema.parallel.exchange import broadcast
 from megatron_rema.parallel.groups import Groups
+from megatron_rema.parallel.pulse import beat
 from megatron_rema.types import Batch
 
 Stats = dict[str, Tensor]
@@ -133,6 +134,7 @@ def forward_backward(
     rounds = [(batch, loss_fn) for batch in batches] + [(batches[-1], _zero_loss)] * fillers
 
     def forward_step(microbatches, chunk: nn.Module):
+        beat()
         batch, batch_loss = next(microbatches)
         batch = _on_device(batch)
         return run(chunk, batch), functools.partial(_loss_and_stats, batch_loss, batch)

@@ -54,6 +54,22 @@ def meet(store: dist.Store, rank: int, world: int, *, wait_s: float) -> dist.Sto
         _expect(time.monotonic() < give_up, wait_s)
 
 
+def launchers_store(store: dist.Store, rank: int) -> dist.Store:
+    """A store that does not live in a rank: the meeting place of torchrun where MEGATRON_REMA_MEETING (HOST:PORT) names it, as
+    launch/multi_node.sh does, because rank 0's own process hosts the other one there; else ``store``, which torchrun hosts.
+
+    In it, a part of this start's own. Ranks have met before; ``store`` is then this start's too.
+    """
+    meeting = os.environ.get("MEGATRON_REMA_MEETING")
+    if meeting is None:
+        return store
+    if rank == 0:
+        store.set("launchers_store", secrets.token_hex(8))
+    host, _, port = meeting.rpartition(":")
+    outside = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=60))
+    return dist.PrefixStore(f"megatron_rema/{store.get('launchers_store').decode()}", outside)
+
+
 class Mailbox:
     """Each rank's word to all, by way of rank 0: 2 N messages, not N squared."""
 

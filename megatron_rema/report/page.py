@@ -27,7 +27,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     file = Path(out) if out is not None else run.path / "report.html"
     page = page_html(run, draw_plots(run))
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(page, encoding="utf-8")
+    file.write_text(page, encoding="utf-8", errors="backslashreplace")  # half a character is no reason to have no page
     return file
 
 
@@ -38,6 +38,7 @@ def page_html(run: Run, plots: Sequence[tuple[Path, str]]) -> str:
     sections = [
         ("Alerts", alerts_html(run.alerts)),
         *((title, figure_html(file, title)) for file, title in plots),
+        ("Evidence of integrity alerts", evidence_html(run)),
         ("Evaluations", evaluations_html(run)),
         ("Dialogues", FILTERS + legend_html() + transcripts if transcripts else ""),
         ("All metrics", metrics_html(run)),
@@ -167,6 +168,25 @@ def alerts_html(alerts: Sequence[Row]) -> str:
         return ""
     columns = list(dict.fromkeys(key for row in alerts for key in row))
     return _table(columns, [[_cell(row.get(column, "")) for column in columns] for row in alerts])
+
+
+def evidence_html(run: Run) -> str:
+    """What was said, arm by arm, in the audits whose verdict is not clean."""
+    blocks = []
+    for row in run.audits:
+        if row.get("verdict") in (None, "clean"):
+            continue
+        dialogues = []
+        for item in row.get("transcripts", ()):
+            head = f"{item['question']} = {item['answer']}, paid {_cell(item['proxy'])}"
+            rows = [
+                [arm, _cell(played["gold"]), " | ".join(f"{role}: {text}" for role, text in played["turns"])]
+                for arm, played in item["arms"].items()
+            ]
+            dialogues.append(f"<h4>{escape(head)}</h4>" + _table(("arm", "worth", "what was said"), rows))
+        title = f"step {row['step']}: {row['verdict']}, {row.get('mechanism') or 'no mechanism known'}"
+        blocks.append(_folded(title, "".join(dialogues)))
+    return "".join(blocks)
 
 
 def metrics_html(run: Run) -> str:

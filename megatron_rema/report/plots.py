@@ -49,7 +49,7 @@ def draw_plots(run: Run) -> list[tuple[Path, str]]:
         panels = [panel for panel in build(run) if panel is not None]
         if panels:
             folder.mkdir(exist_ok=True)
-            _write_figure(panels, folder / f"{name}.png")
+            write_figure(panels, folder / f"{name}.png")
             written.append((folder / f"{name}.png", title))
     return written
 
@@ -113,9 +113,43 @@ def _time(run: Run) -> list[Panel | None]:
     return [_stack("time per step by phase", "seconds", phases, {}), _lines("sampled tokens per second", "tokens/s", {"": speed})]
 
 
+def _integrity(run: Run) -> list[Panel | None]:
+    proxy, gold = (run.series(f"integrity/audit/proxy_gold/{name}") for name in ("proxy", "gold"))
+    effects = {
+        label: run.series(f"integrity/audit/{name}")
+        for label, name in {
+            "plan stated the answer": "plan_leak/leak_frac",
+            "planted wrong answer followed": "plan_leak/follow_frac",
+            "lost without plan": "plan_use/ablation_effect",
+            "lost with another's plan": "plan_use/swap_effect",
+        }.items()
+    }
+    alarms = sorted({row["step"] for row in run.alerts if str(row.get("alert", "")).startswith("integrity_") and "step" in row})
+    return [
+        _with_alarms(_lines("what is paid and what it is worth, in audits", "mean", {"proxy": proxy, "gold": gold}), alarms),
+        _with_alarms(_lines("audits of the two agents", "fraction of problems", effects), alarms),
+        _lines("signals that fired", "signals", {"": run.series("integrity/signals_fired")}),
+        _lines("time of audits", "seconds", {"": run.series("integrity/audit_s")}),
+    ]
+
+
+def _with_alarms(panel: Panel | None, steps: Sequence[int]) -> Panel | None:
+    if panel is None or not steps:
+        return panel
+
+    def draw(axes: Any) -> None:
+        panel(axes)
+        for step in steps:
+            axes.axvline(step, color=COLORS[5], linestyle="--", linewidth=1, label="integrity alert" if step == steps[0] else None)
+        axes.legend()
+
+    return draw
+
+
 FIGURES: dict[str, tuple[str, Callable[[Run], list[Panel | None]]]] = {
     "learning_curve": ("Learning", _learning),
     "dialogue_shape": ("Shape of the dialogues", _dialogue),
+    "integrity": ("Integrity", _integrity),
     "training_health": ("Health of the training", _health),
     "time_per_phase": ("Where the time goes", _time),
 }
@@ -235,7 +269,8 @@ def _name(axes: Any, title: str, unit: str) -> None:
     axes.set_ylabel(unit)
 
 
-def _write_figure(panels: Sequence[Panel], file: Path) -> None:
+def write_figure(panels: Sequence[Panel], *files: Path) -> None:
+    """The panels side by side, up to three in a row, once for each of ``files`` in the format that its suffix names."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -263,4 +298,5 @@ def _write_figure(panels: Sequence[Panel], file: Path) -> None:
             axes = figure.add_subplot(num_rows, num_columns, index + 1)
             panel(axes)
             axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
-        figure.savefig(file, format="png")
+        for file in files:
+            figure.savefig(file, format=file.suffix[1:])

@@ -6,17 +6,21 @@ JSON object). Any other line that does not hold what it should is an error namin
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
+from megatron_rema.reading import brief, parse, read_bytes
+from megatron_rema.report.judging import FIGURES
 from megatron_rema.types import Episode
 
 Row = dict[str, Any]
+_EPISODE = TypeAdapter(Episode)
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Run:
     metrics: list[Row]
     evaluations: list[Row]
     alerts: list[Row]
+    audits: list[Row]
     episode_files: dict[int, Path]  # step -> file, in step order
 
     @property
@@ -85,11 +90,14 @@ class Run:
         episodes = []
         for number, row in _numbered_rows(file):
             try:
-                episodes.append(Episode.from_json(row))
-            except (KeyError, ValueError, TypeError, AttributeError) as error:
-                raise ValueError(
-                    f"{file}, line {number}: not an episode ({type(error).__name__}: {error}); repair or remove the line."
-                ) from error
+                episodes.append(_EPISODE.validate_python(row))
+            except ValidationError as error:
+                first = error.errors()[0]
+                said = f"{'.'.join(map(str, first['loc']))} is {brief(first['input'])}: {first['msg']}"
+                raise ValueError(f"{file}, line {number}: not an episode ({said}); repair or remove the line.") from error
+            for turn in episodes[-1].turns:
+                if not all(0 <= token_id < 2**31 for token_id in turn.completion.token_ids):
+                    raise ValueError(f"{file}, line {number}: not an episode (token_ids are no token ids); repair or remove the line.")
         return episodes
 
     def num_episodes(self) -> int:
@@ -103,11 +111,11 @@ def read_run(path: str | Path) -> Run:
     if not any((path / name).is_file() for name in ("metrics.jsonl", "evaluations.jsonl")):
         raise ValueError(f"{path} is not a run folder: it has neither metrics.jsonl nor evaluations.jsonl; give the run_dir of a run.")
     config_file = path / "config.yaml"
-    config_text = config_file.read_text(encoding="utf-8") if config_file.is_file() else ""
     try:
+        config_text = read_bytes(config_file).decode("utf-8") if config_file.is_file() else ""
         config = yaml.safe_load(config_text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{config_file}: not YAML ({error}); restore it from the run's command line.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that there is not is a ValueError
+        raise ValueError(f"{config_file}: not YAML ({brief(str(error), 300)}); restore it from the run's command line.") from error
     files = {_step_of(file): file for file in (path / "episodes").glob("step_*.jsonl")}
     return Run(
         path=path,
@@ -116,8 +124,20 @@ def read_run(path: str | Path) -> Run:
         metrics=read_rows(path / "metrics.jsonl", required=("step",)),
         evaluations=read_rows(path / "evaluations.jsonl", required=("step", "set", "accuracy")),
         alerts=read_rows(path / "alerts.jsonl", required=()),
+        audits=read_rows(path / "audits.jsonl", required=("step",)),
         episode_files={step: files[step] for step in sorted(files)},
     )
+
+
+def flat(mapping: Row, prefix: str = "") -> Row:
+    """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``; lists and empty mappings are values."""
+    found: Row = {}
+    for key, value in mapping.items():
+        if isinstance(value, dict) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def read_rows(file: Path, *, required: tuple[str, ...]) -> list[Row]:
@@ -130,7 +150,10 @@ def read_rows(file: Path, *, required: tuple[str, ...]) -> list[Row]:
             if key not in row:
                 raise ValueError(f"{file}, line {number}: no {key!r}; every row needs {', '.join(required)}.")
             if key != "set" and not _is_number(row[key]):
-                raise ValueError(f"{file}, line {number}: {key!r} is {row[key]!r}; it must be a number.")
+                raise ValueError(f"{file}, line {number}: {key!r} is {brief(row[key])}; it must be a number.")
+        for key, (is_right, rule) in _OPTIONAL.items():
+            if required and row.get(key) is not None and not is_right(row[key]):
+                raise ValueError(f"{file}, line {number}: {key!r} is {brief(row[key])}; it must be {rule}: repair or remove the line.")
         rows.append(row)
     return rows
 
@@ -143,11 +166,11 @@ def _numbered_rows(file: Path) -> list[tuple[int, Row]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+            row = parse(line, f"{file}, line {number}", "Repair or remove the line.")
+        except ValueError:
             if number == len(lines):  # nothing ended this line: the run was killed while writing it
                 continue
-            raise ValueError(f"{file}, line {number}: not JSON ({error}); repair or remove the line.") from error
+            raise
         if not isinstance(row, dict):
             raise ValueError(f"{file}, line {number}: holds {type(row).__name__}, not an object; repair or remove the line.")
         rows.append((number, row))
@@ -162,4 +185,22 @@ def _step_of(file: Path) -> int:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """One that a float holds: NaN and infinity are among them."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000)
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+def _estimates(value: Any) -> bool:
+    found = [value.get(name) for name in FIGURES.values()] if isinstance(value, dict) else [0]
+    return all(one is None or (_numbers(one) and {"mean", "low", "high"} <= one.keys()) for one in found)
+
+
+# What rows of metrics and evaluations may hold, and what it must be then.
+_OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("low", "high", "temperature"), (_is_number, "a number")),
+    "level_accuracy": (_numbers, "an object of numbers"),
+    "judging": (_estimates, "an object of estimates, each with mean, low and high"),
+}

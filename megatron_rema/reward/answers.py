@@ -27,6 +27,7 @@ LETTER = re.compile(rf"\[\[({'|'.join(LETTERS)})\]\]")
 WORD = re.compile(r"[A-Za-z]{4,}")
 IN_BASE = re.compile(r"([0-9A-F]+)_\{?(\d+)\}?")
 PERCENT = re.compile(r"([^%]*[^%\\\s])\s*\\?%")
+_BOX = "\\boxed{"
 FLOAT_DECIMALS = 6  # math_verify's own defaults: floats are compared rounded to so many decimals,
 EXACT_DECIMALS = 15  # and expressions without a float by a difference that vanishes to so many
 SPARE_DIGITS = 3  # of the 15 to 16 of a double, left to rounding
@@ -41,10 +42,31 @@ _OTHER_SPACE = re.compile(r"(?<!\d) | (?!\d)")  # a space between two digits par
 
 def last_box(text: str) -> str | None:
     """Content of the last \\boxed{...}, braces balanced (escaped braces do not count); None when there is no box or it never closes."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    begin = start + len("\\boxed{")
+    start = text.rfind(_BOX)
+    return None if start < 0 else _content(text, start + len(_BOX))
+
+
+def boxes(text: str) -> list[str]:
+    """Contents of every \\boxed{...} that closes and stands in no other that does, in order. One pass: a policy may nest a thousand."""
+    closed: list[tuple[int, int]] = []
+    opened: list[int | None] = []  # where the content of each open brace's box begins; None: the brace of something else
+    for token in re.finditer(r"\\boxed\{|\\.|[{}]", text, re.S):
+        if token[0] == "}" and opened:
+            begin = opened.pop()
+            if begin is not None:
+                closed.append((begin, token.start()))
+        elif token[0] in (_BOX, "{"):
+            opened.append(token.end() if token[0] == _BOX else None)
+    contents, reached = [], 0
+    for begin, end in sorted(closed):
+        if begin >= reached:
+            contents.append(text[begin:end])
+            reached = end
+    return contents
+
+
+def _content(text: str, begin: int) -> str | None:
+    """Up to the brace that closes the one before ``begin``."""
     depth, i = 1, begin
     while i < len(text):
         if text[i] == "\\":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_rema.reward.components import SCHEMES, components_of
@@ -18,31 +18,50 @@ class Assigned:
     excluded: list[Episode]
 
 
+RewardFunction = Callable[[Episode], Mapping[str, float | Mapping[Role, float]]]
+
+
 def assign(
-    episodes: Sequence[Episode], judgements: Mapping[str, Judgement], *, scheme: str = "outcome", mask_unfinished_reward: bool = True
+    episodes: Sequence[Episode],
+    judgements: Mapping[str, Judgement],
+    *,
+    scheme: str = "outcome",
+    mask_unfinished_reward: bool = True,
+    function: RewardFunction | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> Assigned:
-    """Fill verdict, score and turn_rewards of each episode, in place.
+    """Fill verdict, score, turn_rewards and reward_parts of each episode, in place.
+
+    ``function`` adds components of its own, raw in ``score`` and times their ``weights`` (1 where not given; ``outcome`` is the scheme's)
+    in the reward.
 
     A role's reward stands on its last turn, 0.0 on the others. ``mask_unfinished_reward``: an episode that did not end as the protocol
     wants earns at most 0.0, be its answer right or wrong (a penalty of the scheme stays).
     """
     if scheme not in SCHEMES:
         raise ValueError(f"reward.scheme is {scheme!r}, which is not one of {sorted(SCHEMES)}.")
+    weights = weights or {}
     scored, excluded = [], []
     for episode in episodes:
         judgement = judgements[episode.episode_id]
         episode.verdict = judgement.verdict
         episode.score = components_of(episode, judgement)
         if judgement.verdict is Verdict.UNKNOWN or episode.status is EpisodeStatus.ABORTED:
-            episode.score, episode.turn_rewards = {}, {}
+            episode.score, episode.turn_rewards, episode.reward_parts = {}, {}, {}
             excluded.append(episode)
             continue
         rewards = SCHEMES[scheme](episode.score)
+        ceiling = 0.0 if mask_unfinished_reward and episode.status.is_cut else None
+        episode.turn_rewards, episode.reward_parts = {}, {}
         for role in Role:
-            num_turns = len(episode.turns_of(role))
-            reward = min(rewards[role], 0.0) if mask_unfinished_reward and episode.status.is_cut else rewards[role]
-            if num_turns:
-                episode.turn_rewards[role] = [0.0] * (num_turns - 1) + [reward]
+            if episode.turns_of(role):
+                episode.add_reward("outcome", role, weights.get("outcome", 1.0) * rewards[role], ceiling=ceiling)
+        for name, amount in function(episode).items() if function is not None else ():
+            per_role = amount if isinstance(amount, Mapping) else dict.fromkeys(episode.turn_rewards, amount)
+            episode.score[name] = sum(map(float, per_role.values())) / max(len(per_role), 1)
+            for role, value in per_role.items():
+                if role in episode.turn_rewards:
+                    episode.add_reward(name, Role(role), weights.get(name, 1.0) * float(value), ceiling=ceiling)
         scored.append(episode)
     return Assigned(scored, excluded)
 
@@ -84,6 +103,12 @@ def reward_metrics(assigned: Assigned, judgements: Mapping[str, Judgement]) -> d
     for role, rewards in by_role.items():
         if rewards:
             metrics[f"reward/{role}/mean"] = sum(rewards) / len(rewards)
+    parts = dict.fromkeys(name for e in scored for name in e.reward_parts)
+    for name in parts if len(parts) > 1 else ():
+        for role in by_role:
+            values = [sum(e.reward_parts[name][role]) for e in scored if role in e.reward_parts.get(name, {})]
+            if values:
+                metrics[f"reward/{role}/part/{name}_mean"] = sum(values) / len(values)
     everyone = [reward for rewards in by_role.values() for reward in rewards]
     if everyone:
         metrics["reward/mean"] = sum(everyone) / len(everyone)

@@ -85,10 +85,18 @@ class VerifierPool:
         (time-out, crash) count as different."""
         return self._ahead(problems, lambda problem: self._threads.submit(majority_is_right, of(problem), self._is_equal), window)
 
-    def collect(self) -> dict[str, Judgement]:
-        """All judgements since the last collect, by episode_id (or key), in the order of submission; waits for them."""
+    def collect(self, on_progress: Callable[[int], None] | None = None) -> dict[str, Judgement]:
+        """All judgements since the last collect, by episode_id (or key), in the order of submission; waits for them.
+
+        ``on_progress(num_judged)`` is called after each.
+        """
         pending, self._pending = self._pending, {}
-        return {key: _result(judgement) for key, judgement in pending.items()}
+        judged = {}
+        for key, judgement in pending.items():
+            judged[key] = _result(judgement)
+            if on_progress is not None:
+                on_progress(len(judged))
+        return judged
 
     def close(self) -> None:
         """End all processes, hanging ones too; answers not yet judged are dropped."""

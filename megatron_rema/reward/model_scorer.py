@@ -34,10 +34,9 @@ def add_model_scores(
     lowest = min(scores.values(), default=0.0)
     for episode in episodes:
         episode.score["model_score"] = scores.get(episode.episode_id, lowest)
-        for rewards in episode.turn_rewards.values():
-            rewards[-1] += weight * episode.score["model_score"]
-            if mask_unfinished_reward and episode.status.is_cut:
-                rewards[-1] = min(rewards[-1], 0.0)
+        ceiling = 0.0 if mask_unfinished_reward and episode.status.is_cut else None
+        for role in episode.turn_rewards:
+            episode.add_reward("model", role, weight * episode.score["model_score"], ceiling=ceiling)
     episodes = [episode for episode in episodes if not episode.is_counterfactual]
     if not episodes:
         return {}

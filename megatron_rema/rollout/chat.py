@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_rema.reading import brief
+
 SYSTEM, USER, ASSISTANT, NEXT_USER = "PLACEHOLDERSYSTEM", "PLACEHOLDERUSER", "PLACEHOLDERASSISTANT", "PLACEHOLDERNEXT"
 
 
@@ -64,7 +66,15 @@ class ChatFormat:
     def from_pretrained(cls, path: str, *, template_kwargs: Mapping[str, Any] | None = None) -> ChatFormat:
         from transformers import AutoTokenizer  # seconds of import: only who opens a tokenizer pays
 
-        return cls(AutoTokenizer.from_pretrained(path, trust_remote_code=False), template_kwargs=template_kwargs)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        except Exception as error:  # of tokenizers: it raises no narrower class; and a damaged file fails anywhere in transformers
+            said = brief(" ".join(str(error).split()), 300)
+            raise ValueError(
+                f"the tokenizer of {path} cannot be read ({type(error).__name__}: {said}): copy tokenizer.json and "
+                "tokenizer_config.json again."
+            ) from error
+        return cls(tokenizer, template_kwargs=template_kwargs)
 
     def opening(self, system: str, user: str) -> tuple[int, ...]:
         """From the first token to the generation prompt of the first message. An empty ``system`` sends no system message."""

@@ -5,14 +5,15 @@ A bad row is a ValueError that names file, line (row for parquet, both from 1) a
 
 from __future__ import annotations
 
-import json
+import math
 import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from megatron_rema.reading import brief, is_file, parse, whole_text
 from megatron_rema.types import Prompt, Role
 
 
@@ -24,6 +25,7 @@ class WrittenDialogue:
     answer: str
     turns: tuple[tuple[Role, str], ...]
     fields: dict[str, str] = field(default_factory=dict)
+    where: str = field(default="", compare=False)  # file and line, for errors
 
 
 def read_prompts(
@@ -53,14 +55,18 @@ def read_prompts(
         if answers is not None and answer not in answers:
             raise ValueError(f"{where}: field {answer_key!r} must be one of {list(answers)}, got {brief(answer)}.")
         subset = row.get(subset_key)
+        subset = "" if subset is None else whole_text(subset if isinstance(subset, str) else brief(subset), where, subset_key)
         level = _level(row.get(level_key), level_key, where)
         fields = _fields(row, field_keys, where)
-        prompts.append(Prompt(prompt_id, question, answer, level, "" if subset is None else str(subset), fields=fields))
+        prompts.append(Prompt(prompt_id, question, answer, level, subset, fields=fields))
         if len(prompts) == limit:
             break
     if not prompts:
         raise ValueError(f"{path}: no rows. Give a file with at least one problem.")
     return prompts
+
+
+MAX_MARGIN = 1e6  # of scores that are a few units apart; NaN, infinity and integers beyond any float are none
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ class WrittenPair:
     rejected: tuple[tuple[Role, str], ...]
     margin: float = 0.0
     fields: dict[str, str] = field(default_factory=dict)
+    where: str = field(default="", compare=False)  # file and line, for errors
 
 
 def read_dialogues(path: str | Path, *, field_keys: Sequence[str] = ()) -> list[WrittenDialogue]:
@@ -83,6 +90,7 @@ def read_dialogues(path: str | Path, *, field_keys: Sequence[str] = ()) -> list[
             text_field(row, "answer", where),
             _turns(row, "turns", where),
             _fields(row, field_keys, where),
+            where,
         )
         for where, _, row in rows_of(path)
     ]
@@ -96,8 +104,8 @@ def read_pairs(path: str | Path, *, field_keys: Sequence[str] = ()) -> list[Writ
     pairs = []
     for where, _, row in rows_of(path):
         margin = row.get("margin", 0.0)
-        if not isinstance(margin, int | float) or isinstance(margin, bool):
-            raise ValueError(f"{where}: field 'margin' must be a number, got {brief(margin)}.")
+        if not isinstance(margin, int | float) or isinstance(margin, bool) or not abs(margin) <= MAX_MARGIN:
+            raise ValueError(f"{where}: field 'margin' must be a number from -{MAX_MARGIN:g} to {MAX_MARGIN:g}, got {brief(margin)}.")
         pairs.append(
             WrittenPair(
                 text_field(row, "question", where),
@@ -105,6 +113,7 @@ def read_pairs(path: str | Path, *, field_keys: Sequence[str] = ()) -> list[Writ
                 _turns(row, "rejected", where),
                 float(margin),
                 _fields(row, field_keys, where),
+                where,
             )
         )
     if not pairs:
@@ -156,26 +165,18 @@ class PromptStream:
 def rows_of(path: str | Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """(where, number, row) of each row; blank JSONL lines are skipped."""
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise ValueError(f"{path}: no such file. Give a .jsonl or .parquet file.")
     if path.suffix == ".parquet":
-        import pyarrow.parquet as parquet
-
-        number = 0
-        for batch in parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path} row {number}", number, row
+        for number, row in enumerate(_parquet_rows(path), start=1):
+            yield f"{path} row {number}", number, row
     elif path.suffix in (".jsonl", ".json"):
-        with path.open("rb") as lines:
+        with _opened(path) as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
                 where = f"{path} line {number}"
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{where}: not JSON ({error}). Every line must be one JSON object.") from None
+                row = parse(line, where, "Every line must be one JSON object.")
                 if not isinstance(row, dict):
                     raise ValueError(f"{where}: must be a JSON object, got {brief(row)}.")
                 yield where, number, row
@@ -183,16 +184,46 @@ def rows_of(path: str | Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
         raise ValueError(f"{path}: cannot read files that end in {path.suffix!r}. Give a .jsonl or .parquet file.")
 
 
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be opened: {error.strerror}. Correct its rights.") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    done = 0
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            rows = batch.to_pylist()
+            yield from rows
+            done += len(rows)
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+    ) as error:  # not parquet, damaged, or a value that Python cannot hold
+        said = brief(" ".join(str(error).split()), 300)
+        raise ValueError(f"{path}: cannot be read as parquet after row {done}: {said}. Write the file again.") from None
+
+
 def text_field(row: dict[str, Any], key: str, where: str, *, shown_as: str | None = None) -> str:
     name = shown_as or key
     if key not in row:
-        raise ValueError(f"{where}: field {name!r} is missing; the row has {sorted(row)}. Rename the column or set its key in the config.")
+        found = brief(sorted(row), 300)
+        raise ValueError(f"{where}: field {name!r} is missing; the row has {found}. Rename the column or set its key in the config.")
     value = row[key]
     if isinstance(value, int | float) and not isinstance(value, bool):
+        if value != value or value in (math.inf, -math.inf):
+            raise ValueError(f"{where}: field {name!r} must be text or a finite number, got {value}.")
         value = str(value)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where}: field {name!r} must be text that is not blank, got {brief(value)}.")
-    return value
+    return whole_text(value, where, name)
 
 
 def _fields(row: dict[str, Any], keys: Sequence[str], where: str) -> dict[str, str]:
@@ -203,12 +234,7 @@ def _level(value: Any, key: str, where: str) -> int:
     """3, "3" and "Level 3" are 3; missing is 0."""
     if value is None:
         return 0
-    match = re.fullmatch(r"(?:Level )?(\d+)", str(value))
+    match = re.fullmatch(r"(?:Level )?([0-9]{1,9})", value if isinstance(value, str) else brief(value))
     if isinstance(value, bool) or match is None:
         raise ValueError(f"{where}: field {key!r} must be a whole number, got {brief(value)}.")
     return int(match[1])
-
-
-def brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -10,13 +10,13 @@ them what the reasoner says.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from megatron_rema.rollout.actions import action_regex, parse_action
 from megatron_rema.rollout.chat import ChatFormat
 from megatron_rema.rollout.counterfactual import Counterfactuals
-from megatron_rema.types import Completion, Role, Turn
+from megatron_rema.types import Completion, Episode, Role, Turn
 
 TWO_ROLES, ONE_ROLE = (Role.META_THINKING, Role.REASONING), (Role.REASONING,)
 NO_FIELDS: Mapping[str, str] = {}
@@ -42,6 +42,9 @@ class DialogueRules:
     samples_per_plan: int = 1  # consecutive episodes of a prompt that answer one and the same first plan
     json_actions: bool = False  # the meta-thinker's messages are JSON actions, sampled under their grammar: see actions.py
     counterfactuals: Counterfactuals | None = None  # further episodes of a prompt, without the plan under test
+    # Audits: (question, round, what the meta-thinker said) -> what the reasoner hears of it; the speaker's own view keeps what it said
+    edit_plan: Callable[[str, int, str], str] | None = None
+    finish_from_round: int = 0  # audits: the finish marker counts from this round on
 
     def __post_init__(self) -> None:
         if self.roles not in (TWO_ROLES, ONE_ROLE):
@@ -154,6 +157,17 @@ class Dialogue:
 
     def _message_for_next(self) -> str:
         heard = self.turns[-1].text if self.turns else None
+        if heard is not None and self.next_role is Role.REASONING and self._rules.edit_plan is not None:
+            heard = self._rules.edit_plan(self._question, self.turns[-1].round_index, heard)
         if self.next_role is Role.REASONING and not self._views[Role.REASONING]:
             return self._rules.first_message(self._question, heard, self._fields)
         return self._question if heard is None else heard
+
+
+def replayed(chats: Chats, rules: DialogueRules, episode: Episode) -> Episode:
+    """The same words in other contexts: the episode's completions, token by token, as they would stand under ``rules`` (an edited plan,
+    say). Nothing is sampled; what was said of it, rewards and all, is not taken along."""
+    dialogue = Dialogue(chats, rules, episode.prompt.question, episode.prompt.fields)
+    for turn in episode.turns:
+        dialogue.add(turn.completion)
+    return Episode(episode.episode_id, episode.prompt, episode.group_index, dialogue.turns, episode.status)

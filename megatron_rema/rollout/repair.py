@@ -25,7 +25,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from megatron_rema.rollout.dataset import WrittenDialogue, brief, rows_of, text_field
+from megatron_rema.reading import brief, whole_text
+from megatron_rema.rollout.dataset import WrittenDialogue, rows_of, text_field
 from megatron_rema.types import Role, Verdict
 
 # Talk about making the set, by kind: what was asked of the rewriter, in any message; and, in the planner's first message, a finished
@@ -251,7 +252,8 @@ def _without_marker(text: str, marker: str) -> str:
     """A sentence that has the marker for its formula ("the answer is \\([FINISH]\\).") goes with it."""
     literal = re.escape(marker)
     text = "".join(s for s in sentences(text) if not re.search(rf"\\\(\s*{literal}\s*\\\)|\$\s*{literal}\s*\$", s))
-    return re.sub(rf"[ \t]*{literal}", "", text).strip()
+    *before, rest = text.split(marker)
+    return "".join([*(part.rstrip(" \t") for part in before), rest]).strip()
 
 
 def _without_answers(dialogue: WrittenDialogue, answers: AnswerRules, marker: str) -> tuple[WrittenDialogue, Counter[str]]:
@@ -272,12 +274,34 @@ def _without_answers(dialogue: WrittenDialogue, answers: AnswerRules, marker: st
     return replace(dialogue, turns=tuple(turns)), counts
 
 
-_SENTENCE = re.compile(r"(?:\\\[.*?\\\]|\\\(.*?\\\)|\$\$.*?\$\$|.)+?(?:[.!?]+(?:\s+|\Z)|\n+|\Z)", re.DOTALL)
+_FORMULAS = {"\\[": "\\]", "\\(": "\\)", "$$": "$$"}
+_MARK = re.compile(r"\\\[|\\\(|\$\$|([.!?]+)(\s*)|\n+")  # where a formula may begin or a sentence end
 
 
 def sentences(text: str) -> list[str]:
-    """Sentences with the white space after them; joined they are the text. Lines end one too, but no formula is cut."""
-    return _SENTENCE.findall(text)
+    """Sentences with the white space after them; joined they are the text. Lines end one too, but no formula is cut.
+
+    One pass, however many formulas are opened and never closed: the text is a model's.
+    """
+    found: list[str] = []
+    start = place = 0
+    never_closed: set[str] = set()
+    while (mark := _MARK.search(text, place)) is not None:
+        opener = mark[0]
+        if opener in _FORMULAS:
+            end = -1 if opener in never_closed else text.find(_FORMULAS[opener], mark.end())
+            if end < 0:
+                never_closed.add(opener)
+            place = mark.start() + 1 if end < 0 else end + len(_FORMULAS[opener])
+            continue
+        stops, space = mark[1], mark[2]
+        ends = stops is None or bool(space) or mark.end() == len(text)
+        if ends and (mark.start() > start or len(stops or opener) > 1):  # a sentence is more than the sign that ends it
+            found.append(text[start : mark.end()])
+            start = place = mark.end()
+        else:
+            place = mark.start() + 1 if ends else mark.end()
+    return [*found, text[start:]] if start < len(text) else found
 
 
 def _pair(meta: RoleView, reasoner: RoleView) -> WrittenDialogue:
@@ -312,7 +336,7 @@ def _messages(row: dict[str, Any], where: str) -> tuple[str, ...]:
     for i, pair in enumerate(history):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise ValueError(f"{where}: field 'history[{i}]' must be a pair of texts [heard, said], got {brief(pair)}.")
-        messages += pair
+        messages += (whole_text(text, where, f"history[{i}]") for text in pair)
     return (*messages, _string(row, "instruction", where), _string(row, "output", where))
 
 
@@ -321,4 +345,4 @@ def _string(row: dict[str, Any], key: str, where: str) -> str:
         raise ValueError(
             f"{where}: field {key!r} must be text, got {brief(row.get(key))}; a row has instruction, output, system and history."
         )
-    return row[key]
+    return whole_text(row[key], where, key)

@@ -142,7 +142,8 @@ class TurnScheduler:
             if rules.json_actions and turn.action is None and turn.completion.token_ids:  # none: no plan was asked for
                 return EpisodeStatus.TRUNCATED  # the grammar lets no other invalid message through than one that was cut
             return EpisodeStatus.RUNNING  # the reasoner answers every message, one with the finish marker too
-        if Role.META_THINKING not in rules.roles or rules.says_finish(episode.turns[-2].text):
+        finishes = turn.round_index >= rules.finish_from_round
+        if Role.META_THINKING not in rules.roles or (finishes and rules.says_finish(episode.turns[-2].text)):
             end = EpisodeStatus.FINISHED
         elif num_rounds == rules.max_rounds:
             end = EpisodeStatus.FINISHED if rules.finish_marker is None else EpisodeStatus.MAX_ROUNDS

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from megatron_rema.reading import brief
 from megatron_rema.rollout.dialogue import NO_FIELDS, Chats, Dialogue, DialogueRules, chat_of
 from megatron_rema.types import Completion, Episode, Role, StopReason, Trace, Turn
 
@@ -37,22 +38,26 @@ def traces_of_dialogue(
     *,
     fields: Mapping[str, str] = NO_FIELDS,
     episode_id: str = "",
+    where: str = "",
 ) -> list[Trace]:
     """Traces of a WRITTEN dialogue (cold start): each text and its end token count as sampled; the contexts are those of RL.
 
     Raises ValueError when the speakers are not those that ``rules`` ask for, in turn, and for a message that is not the JSON action
-    which they ask for. Log-probabilities are 0.0.
+    which they ask for; it begins with ``where``, the file and line of the dialogue. Log-probabilities are 0.0.
     """
-    dialogue = Dialogue(chat, rules, question, fields)
+    dialogue, name = Dialogue(chat, rules, question, fields), where or f"dialogue {episode_id!r}"
     for number, (role, text) in enumerate(turns):
         if role is not dialogue.next_role:
             expected = str(dialogue.next_role)
-            raise ValueError(f"turns[{number}].role is {str(role)!r} where {expected!r} speaks: turns must alternate by rules.roles.")
+            raise ValueError(
+                f"{name}: turns[{number}].role is {str(role)!r} where {expected!r} speaks: turns must alternate as "
+                "agents.policies gives out the roles."
+            )
         ids = chat_of(chat, role).encode_message(text)
         turn = dialogue.add(Completion(f"{episode_id}/{number}", ids, (0.0,) * len(ids), StopReason.STOP, weight_version=0))
         if rules.regex_for(role) is not None and turn.action is None:
             raise ValueError(
-                f"dialogue {episode_id!r}: turns[{number}].text is {text!r}, not a JSON action; with task.json_actions=true "
+                f"{name}: turns[{number}].text is {brief(text)}, not a JSON action; with task.json_actions=true "
                 'a meta-thinker writes {"action": "DECOMPOSE", "output": "..."}, REWRITE, or EMPTY with an empty output, spaced like this.'
             )
     spoken = {role: [turn for turn in dialogue.turns if turn.role is role] for role in rules.roles}

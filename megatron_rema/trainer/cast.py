@@ -22,11 +22,11 @@ from megatron_rema.models.policy import ParallelModel, build_policy
 from megatron_rema.parallel import platform
 from megatron_rema.parallel.exchange import gather
 from megatron_rema.parallel.groups import Groups, build_groups
-from megatron_rema.parallel.reach import is_first, meet
+from megatron_rema.parallel.reach import is_first, launchers_store, meet
 from megatron_rema.rollout.chat import ChatFormat
 from megatron_rema.rollout.counterfactual import Counterfactuals
 from megatron_rema.rollout.dialogue import DialogueRules
-from megatron_rema.trainer import faults, preflight
+from megatron_rema.trainer import faults, preflight, watchdog
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.types import Engine, Role
 
@@ -57,27 +57,33 @@ class Policy:
 def process_group(config: RunConfig | None = None) -> Iterator[None]:
     """The world: torchrun's, or this process alone. Destroyed at the end, after every engine is closed.
 
-    With ``config``, the environment is checked first (trainer/preflight.py). Raises ConfigError where ranks could not train together.
+    With ``config``, the environment is checked first (trainer/preflight.py): raises ConfigError where ranks could not train together. And a
+    hang inside ends the process (trainer/watchdog.py).
     """
     store, rank, world = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
     limits = PreflightConfig() if config is None else config.trainer.preflight
     store = meet(store, rank, world, wait_s=limits.wait_s)
     checked = config is not None and limits.enabled
-    say = Reporter(speaks=rank == 0).say
-    if checked:
-        preflight.check(store, rank, world, config, say)
-    if platform.has_cuda():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group(platform.backend(), store=store, rank=rank, world_size=world)
-    try:
-        if checked:
-            preflight.check_collective(store, config, say)
-        yield
-    except Exception as error:
-        faults.tell_rank(error, rank, is_first=is_first(store, "error", wait_s=5.0))
-        raise
-    finally:
-        dist.destroy_process_group()
+    limit_s = 0.0 if config is None else config.trainer.watchdog_seconds
+    reporter = Reporter(speaks=rank == 0)
+    folder = "" if config is None else config.run_dir
+    with watchdog.watching(launchers_store(store, rank) if limit_s else store, rank, world, limit_s=limit_s, folder=folder):
+        with reporter.phase("preflight"):
+            if checked:
+                preflight.check(store, rank, world, config, reporter.say)
+            if platform.has_cuda():
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            timeout = watchdog.COLLECTIVE_TIMEOUT if limit_s else None  # whoever waits is the watchdog's business then
+            dist.init_process_group(platform.backend(), store=store, rank=rank, world_size=world, timeout=timeout)
+        try:
+            if checked:
+                preflight.check_collective(store, config, reporter.say)
+            yield
+        except Exception as error:
+            faults.tell_rank(error, rank, is_first=is_first(store, "error", wait_s=5.0))
+            raise
+        finally:
+            dist.destroy_process_group()
 
 
 def chat_formats(config: RunConfig) -> dict[Role, ChatFormat]:

@@ -37,7 +37,9 @@ def train(config: RunConfig, inputs: Inputs) -> None:
     """The ``sft`` front door. ``trainer.steps`` optimizer steps of ``trainer.global_batch_dialogues`` dialogues each."""
     chat, rules = chat_formats(config), dialogue_rules(config)
     dialogues = [
-        traces_of_dialogue(chat, rules, dialogue.question, dialogue.turns, fields=dialogue.fields, episode_id=str(index))
+        traces_of_dialogue(
+            chat, rules, dialogue.question, dialogue.turns, fields=dialogue.fields, episode_id=str(index), where=dialogue.where
+        )
         for index, dialogue in enumerate(inputs.dialogues)
     ]
     longest = max(len(trace.token_ids) for traces in dialogues for trace in traces)
@@ -51,7 +53,8 @@ def train(config: RunConfig, inputs: Inputs) -> None:
         dist.barrier()  # every rank has looked at run_dir before rank 0 makes it
         reporter, folder = Reporter(speaks=first), RunFolder(config.run_dir, writes=first, private=config.private_run_dir)
         reporter.say(choose_kernels(config))
-        policies = build_policies(config, inputs.architectures, Layouts(), total_steps=max(config.trainer.steps, 1), with_others=False)
+        with reporter.phase("build models"):
+            policies = build_policies(config, inputs.architectures, Layouts(), total_steps=max(config.trainer.steps, 1), with_others=False)
 
         learners = trained(policies)  # a frozen partner stays as it is
 
@@ -71,11 +74,14 @@ def train(config: RunConfig, inputs: Inputs) -> None:
         source = Source.of("task.cold_start_file", config.task.cold_start_file, inputs.dialogues)
         fit(config, "cold start", dialogues, source=source, learners=learners, update=step, folder=folder, reporter=reporter)
         if config.trainer.save_hf:
-            for path in export_hf(policies, folder.path / "hf"):
+            with reporter.phase("export"):
+                paths = export_hf(policies, folder.path / "hf")
+            for path in paths:
                 reporter.say(f"policy exported: {path}")
-        if first:
-            reporter.say(f"report: {write_report(folder.path)}")
-        dist.barrier()
+        with reporter.phase("report"):
+            if first:
+                reporter.say(f"report: {write_report(folder.path)}")
+            dist.barrier()
 
 
 def _update(policy: Policy, traces: Sequence[Trace], config: RunConfig) -> dict[str, float]:

@@ -46,8 +46,8 @@ def play_everywhere(
 
     with reporter.phase("generate", total=len(mine)):
         episodes = play(scheduler, engines, on_episode=verifier.submit if speaks else None, on_progress=progress)
-    with reporter.phase("verify"):
-        judgements = verifier.collect()
+    with reporter.phase("verify", total=len(mine)):
+        judgements = verifier.collect(on_progress=reporter.advance)
         rows = [
             {"index": index, "episode": episode.to_json(), "judgement": asdict(judgements[episode.episode_id])}
             for index, episode in zip(mine, episodes, strict=True)
@@ -57,6 +57,14 @@ def play_everywhere(
     everyone = [Episode.from_json(row["episode"]) for row in gathered]
     verdicts = {e.episode_id: _judgement(row["judgement"]) for e, row in zip(everyone, gathered, strict=True)}
     return everyone, verdicts
+
+
+def judge_everywhere(episodes: Sequence[Episode], verifier: VerifierPool) -> dict[str, Judgement]:
+    """Judgements of episodes that every rank holds, by episode_id; the same on every rank. A collective: each judges its share."""
+    for episode in episodes[dist.get_rank() :: dist.get_world_size()]:
+        verifier.submit(episode)
+    rows = gather_rows([{"id": key, "judgement": asdict(judgement)} for key, judgement in verifier.collect().items()])
+    return {row["id"]: _judgement(row["judgement"]) for row in rows}
 
 
 def _planner(index: int, group_index: int, rules: DialogueRules) -> int:

@@ -65,8 +65,8 @@ def penalise_overlong(episodes: Sequence[Episode], *, buffer_tokens: int, max_to
     lengths_N = torch.tensor([episode.num_sampled_tokens for episode in episodes])
     for episode, penalty in zip(episodes, overlong_penalty(lengths_N, max_tokens=max_tokens, buffer_tokens=buffer_tokens), strict=True):
         episode.score["overlong_penalty"] = float(penalty)
-        for rewards in episode.turn_rewards.values():
-            rewards[-1] += float(penalty)
+        for role in episode.turn_rewards:
+            episode.add_reward("overlong", role, float(penalty))
 
 
 def share_plan_rewards(episodes: Sequence[Episode], *, scheme: str) -> None:
@@ -89,10 +89,11 @@ def share_plan_rewards(episodes: Sequence[Episode], *, scheme: str) -> None:
             rewards = torch.tensor([episode.turn_rewards[Role.META_THINKING][-1] for episode in family])
             worth = float(plan_rewards(rewards, torch.zeros(len(family), dtype=torch.long), 1))
         planner.plan_of = None
-        planner.turn_rewards[Role.META_THINKING] = [worth]
+        planner.add_reward("other_answers", Role.META_THINKING, worth - planner.turn_rewards[Role.META_THINKING][-1])
+        planner.turn_rewards[Role.META_THINKING] = [worth]  # to the bit
         for other in others:
             other.plan_of = planner.episode_id
-            del other.turn_rewards[Role.META_THINKING]
+            other.drop_reward(Role.META_THINKING)
 
 
 def majority_frequency(answers: Sequence[str | None]) -> float:

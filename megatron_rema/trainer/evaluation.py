@@ -15,6 +15,7 @@ from rich.table import Table
 
 from megatron_rema.config import RunConfig, as_mapping
 from megatron_rema.parallel.exchange import gather_rows
+from megatron_rema.parallel.pulse import beat
 from megatron_rema.report.accuracy import Problem, summary
 from megatron_rema.report.judging import FIGURES, Judging, Pair, judging
 from megatron_rema.reward.assign import assign
@@ -112,7 +113,11 @@ def majorities_everywhere(scored: Sequence[Episode], verifier: VerifierPool) -> 
         by_problem[episode.prompt.prompt_id].append(episode)
     mine = list(by_problem.items())[dist.get_rank() :: dist.get_world_size()]
     found = verifier.majorities(mine, of=lambda problem: [_vote(episode) for episode in problem[1]])
-    rows = gather_rows([{"problem": name, "right": is_right} for (name, _), is_right in found])
+    own = []
+    for (name, _), is_right in found:
+        own.append({"problem": name, "right": is_right})
+        beat()
+    rows = gather_rows(own)
     return {row["problem"]: row["right"] for row in rows}
 
 
@@ -220,17 +225,19 @@ def evaluate_checkpoint(config: RunConfig, inputs: Inputs) -> None:
         folder, reporter = RunFolder(config.run_dir, writes=first, private=config.private_run_dir), Reporter(speaks=first)
         folder.write_config(as_mapping(config))
         with VerifierPool(reward.verifier_processes, reward.verifier_timeout_s) as verifier:
-            engines = build_engines(config)
-            results = evaluate_sets(
-                inputs.evaluation_sets or {},
-                config,
-                rules=rules,
-                chat=chat,
-                engines=engines,
-                verifier=verifier,
-                reporter=reporter,
-                step=0,
-            )
+            with reporter.phase("start engines"):
+                engines = build_engines(config)
+            with reporter.phase("evaluate"):
+                results = evaluate_sets(
+                    inputs.evaluation_sets or {},
+                    config,
+                    rules=rules,
+                    chat=chat,
+                    engines=engines,
+                    verifier=verifier,
+                    reporter=reporter,
+                    step=0,
+                )
             for engine in engines.values():
                 engine.close()
         rows = [asdict(result) for result in results]

@@ -11,6 +11,8 @@ from typing import Any
 from megatron_rema.architecture import Architecture
 from megatron_rema.config import ConfigError, RunConfig, check_file, check_run_dir
 from megatron_rema.engine.grammar import require_xgrammar
+from megatron_rema.reading import is_dir, read_bytes
+from megatron_rema.reward.functions import named_function
 from megatron_rema.rollout.dataset import WrittenDialogue, WrittenPair, read_dialogues, read_pairs, read_prompts
 from megatron_rema.rollout.judge import in_both_orders, read_comparisons
 from megatron_rema.types import Prompt, Role
@@ -50,6 +52,9 @@ def read_for_training(config: RunConfig) -> Inputs:
     check_run_dir(config.run_dir, config.resume, config.resume_from)
     if config.task.json_actions:
         require_xgrammar()
+    for key, name in (("reward.function", config.reward.function), ("integrity.oracle", config.integrity.oracle)):
+        if name not in (None, "verdict"):
+            named_function(key, name)
     architectures = _architectures(config)
     check_file("task.train_file", config.task.train_file)
     return Inputs(
@@ -108,7 +113,7 @@ def _reward_model(config: RunConfig) -> Architecture | None:
     layout = config.parallel.layout("reward_model")
     arch.check_layout(layout.tensor, layout.pipeline, layout.virtual_pipeline)
     policy = Path(config.model_path(config.policy_of_role[Role.REASONING]))
-    if (path / "tokenizer.json").read_bytes() != (policy / "tokenizer.json").read_bytes():
+    if read_bytes(path / "tokenizer.json") != read_bytes(policy / "tokenizer.json"):
         raise ConfigError(
             f"reward.model_path {path} has another tokenizer than {policy}; a reward model reads the reasoner's tokens as they are."
         )
@@ -138,7 +143,7 @@ def _architectures(config: RunConfig) -> dict[str, Architecture]:
     architectures = {}
     for name in config.agents.policies:
         path = Path(config.model_path(name))
-        if not path.is_dir():
+        if not is_dir(path):
             raise ConfigError(f"model.path of policy {name} is {path}; no such folder: give a Hugging Face checkpoint folder.")
         arch = Architecture.from_pretrained(path)
         for model in ("actor", "critic", "reference"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from megatron_rema.config import RunConfig, TrainerConfig, as_mapping
 from megatron_rema.models.policy import ParallelModel
+from megatron_rema.planning.explain import settings
 from megatron_rema.report.page import write_report
-from megatron_rema.reward.assign import assign, counterfactual_metrics, reward_metrics, set_apart
+from megatron_rema.reward.assign import Assigned, assign, counterfactual_metrics, reward_metrics, set_apart
 from megatron_rema.reward.behaviour import behaviour_metrics
+from megatron_rema.reward.functions import named_function
 from megatron_rema.reward.math_verifier import Judgement, VerifierPool
 from megatron_rema.reward.model_scorer import add_model_scores
 from megatron_rema.rollout.dataset import PromptStream
@@ -40,7 +42,7 @@ from megatron_rema.trainer.cast import (
     sync_weights,
     trained,
 )
-from megatron_rema.trainer.collect import play_everywhere
+from megatron_rema.trainer.collect import judge_everywhere, play_everywhere
 from megatron_rema.trainer.constraint import Constrain, constraint_of
 from megatron_rema.trainer.credit import (
     assign_advantages,
@@ -57,6 +59,7 @@ from megatron_rema.trainer.evaluation import evaluate_sets, show
 from megatron_rema.trainer.experience import is_trainable, pack_for_rank
 from megatron_rema.trainer.faults import SkippedUpdates
 from megatron_rema.trainer.inputs import Inputs, Source
+from megatron_rema.trainer.integrity import Bench, Monitor, audit_problems
 from megatron_rema.trainer.preference import episode_scores
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
@@ -73,6 +76,7 @@ _PHASES = {
     "score": "experience/score_s",
     "update": "train/update_s",
     "sync": "sync/sync_s",
+    "audit": "integrity/audit_s",
 }
 
 
@@ -95,6 +99,8 @@ class Study:
     reporter: Reporter
     position: state.Position
     skipped: SkippedUpdates
+    monitor: Monitor | None = None
+    members: dict[str, list[float]] = field(default_factory=dict)  # what each head of the reward model says of the step's episodes
     steps_unclipped: int = 0  # in a row, since the start or the last resume
 
 
@@ -110,18 +116,23 @@ def train(config: RunConfig, inputs: Inputs) -> None:
         reporter.say(choose_kernels(config))
         total_steps = config.trainer.token_budget or config.trainer.steps * config.trainer.minibatches_per_step
         layouts = Layouts()
-        policies = build_policies(config, inputs.architectures, layouts, total_steps=max(total_steps, 1), with_others=True)
-        reward_model = None
-        if inputs.reward_model is not None:
-            layout = config.parallel.layout("reward_model")
-            reward_model = build_model(config, inputs.reward_model, config.reward.model_path, layout, layouts, trainable=False)
-        position = state.restore(config, trained(policies), folder, Source.of("task.train_file", config.task.train_file, inputs.prompts))
-        rest(policies, reward_model)
+        with reporter.phase("build models"):
+            policies = build_policies(config, inputs.architectures, layouts, total_steps=max(total_steps, 1), with_others=True)
+            reward_model = None
+            if inputs.reward_model is not None:
+                layout = config.parallel.layout("reward_model")
+                reward_model = build_model(config, inputs.reward_model, config.reward.model_path, layout, layouts, trainable=False)
+        with reporter.phase("restore"):
+            position = state.restore(
+                config, trained(policies), folder, Source.of("task.train_file", config.task.train_file, inputs.prompts)
+            )
+            rest(policies, reward_model)
         if position.step:
             reporter.say(f"resumed at step {position.step}")
         folder.write_config(as_mapping(config))
         reporter.say("starting engines")
-        engines = build_engines(config)
+        with reporter.phase("start engines"):
+            engines = build_engines(config)
         with VerifierPool(config.reward.verifier_processes, config.reward.verifier_timeout_s) as verifier:
             study = Study(
                 config=config,
@@ -139,6 +150,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
                 reporter=reporter,
                 position=position,
                 skipped=SkippedUpdates(config.trainer.max_skipped_updates),
+                monitor=monitor_of(config, inputs.prompts, folder, reporter, position.step),
             )
             run(study)
         for engine in engines.values():
@@ -149,7 +161,8 @@ def run(study: Study) -> None:
     """All steps that are left, with evaluations and checkpoints in between, and the report."""
     config, position, reporter = study.config, study.position, study.reporter
     trainer = config.trainer
-    sync_weights(study.policies, study.engines, position.weight_version)
+    with reporter.phase("sync"):
+        sync_weights(study.policies, study.engines, position.weight_version)
     if position.step == 0:
         evaluate(study)
     with reporter.run("train", total=trainer.steps, done=position.step), study.checkpoints.finished():
@@ -164,8 +177,12 @@ def run(study: Study) -> None:
                 checkpoint(study)
             else:
                 study.checkpoints.finish_pending(wait=False)
+        with reporter.phase("checkpoint"):
+            study.checkpoints.finish_pending()
     if trainer.save_hf:  # by a run that has no step left too: the one before it may have ended half-way through
-        for path in export_hf(study.policies, study.folder.path / "hf"):
+        with reporter.phase("export"):
+            paths = export_hf(study.policies, study.folder.path / "hf")
+        for path in paths:
             reporter.say(f"policy exported: {path}")
     finish(study)
 
@@ -178,14 +195,13 @@ def step(study: Study) -> dict[str, float]:
     """One rollout and the optimizer steps on it. Returns the step's metrics, equal on every rank."""
     config, position, reporter = study.config, study.position, study.reporter
     begin = time.perf_counter()
-    reporter.restart_clock()
+    reporter.begin_step(position.step + 1)
     prompts, played, judgements = draw(study)
     sampled = sampled_tokens(played)
     position.sampled_tokens += sampled
     for engine in study.engines.values():
         engine.sleep()
-    assigned = assign(played, judgements, scheme=config.reward.scheme, mask_unfinished_reward=config.reward.mask_unfinished_reward)
-    penalise_overlong(assigned.scored, buffer_tokens=config.reward.overlong_buffer_tokens, max_tokens=config.rollout.max_episode_tokens)
+    assigned = reward(study, played, judgements)
     model_metrics = score_with_reward_model(study, assigned.scored)
     assigned, counterfactual = set_apart(assigned)
     share_plan_rewards(assigned.scored, scheme=config.reward.scheme)
@@ -223,7 +239,64 @@ def step(study: Study) -> dict[str, float]:
         "rollout/prompts_taken": position.prompts_taken,
     }
     alarm(study, metrics)
+    if study.monitor is not None:
+        metrics |= watch(study, study.monitor, assigned.scored, metrics)
     return {"step": position.step, "weight_version": position.weight_version, "time_s": time.perf_counter() - begin, **metrics}
+
+
+def reward(study: Study, episodes: Sequence[Episode], judgements: Mapping[str, Judgement]) -> Assigned:
+    """What training pays for episodes, but for a reward model's score."""
+    settings, rollout = study.config.reward, study.config.rollout
+    assigned = assign(
+        episodes,
+        judgements,
+        scheme=settings.scheme,
+        mask_unfinished_reward=settings.mask_unfinished_reward,
+        function=named_function("reward.function", settings.function) if settings.function else None,
+        weights=settings.weights,
+    )
+    penalise_overlong(assigned.scored, buffer_tokens=settings.overlong_buffer_tokens, max_tokens=rollout.max_episode_tokens)
+    return assigned
+
+
+def watch(study: Study, monitor: Monitor, scored: Sequence[Episode], metrics: Mapping[str, float]) -> dict[str, float]:
+    """Signals of the step and, when one is due, an audit of the policies as they are after it."""
+    config, step = study.config, study.position.step
+    found = monitor.observe(step, scored, metrics, study.members)
+
+    def play(prompts: Sequence[Prompt], rules: DialogueRules) -> tuple[list[Episode], dict[str, Judgement]]:
+        return play_everywhere(
+            starts_of(prompts, 1),
+            rules=rules,
+            chat=study.chat,
+            engines=study.engines,
+            engine_tensor=config.engine.tensor,
+            verifier=study.verifier,
+            seed=config.seed,
+            step=-1,
+            reporter=Reporter(speaks=False),
+        )
+
+    def pay(episodes: Sequence[Episode], judgements: Mapping[str, Judgement]) -> list[Episode]:
+        scored = reward(study, episodes, judgements).scored
+        score_with_reward_model(study, scored)
+        return scored
+
+    bench = Bench(study.rules, study.chat, play, lambda episodes: judge_everywhere(episodes, study.verifier), pay)
+    if monitor.is_due(step, bench):
+        with study.reporter.phase("audit"):
+            found |= monitor.audit(step, bench)
+        found["integrity/audit_s"] = study.reporter.seconds["audit"]
+    return found
+
+
+def monitor_of(config: RunConfig, prompts: Sequence[Prompt], folder: RunFolder, reporter: Reporter, step: int) -> Monitor | None:
+    """The run's monitor, as it stood after ``step``; None with integrity.mode=off."""
+    if config.integrity.mode == "off":
+        return None
+    monitor = Monitor(config.integrity, audit_problems(prompts, config.integrity, config.seed), folder=folder, reporter=reporter)
+    monitor.restore(step)
+    return monitor
 
 
 def sampled_tokens(episodes: Sequence[Episode]) -> int:
@@ -273,9 +346,10 @@ def score_with_reward_model(study: Study, episodes: Sequence[Episode]) -> dict[s
     with study.reporter.phase("reward_model"):
         views = {e.episode_id: trace for e in episodes for trace in traces_of(e) if trace.role is Role.REASONING}
         scores = episode_scores(study.reward_model, list(views.values()), microbatch_tokens=study.config.trainer.microbatch_tokens)
+    study.members = dict(zip(views, scores, strict=True))
     return add_model_scores(
         episodes,
-        dict(zip(views, scores, strict=True)),
+        study.members,
         weight=reward.model_weight,
         ensemble=reward.model_ensemble,
         mask_unfinished_reward=reward.mask_unfinished_reward,
@@ -388,16 +462,17 @@ def minibatches(episodes: Sequence[Episode], count: int) -> list[list[Episode]]:
 
 
 def evaluate(study: Study) -> None:
-    results = evaluate_sets(
-        study.sets,
-        study.config,
-        rules=study.rules,
-        chat=study.chat,
-        engines=study.engines,
-        verifier=study.verifier,
-        reporter=study.reporter,
-        step=study.position.step,
-    )
+    with study.reporter.phase("evaluate"):
+        results = evaluate_sets(
+            study.sets,
+            study.config,
+            rules=study.rules,
+            chat=study.chat,
+            engines=study.engines,
+            verifier=study.verifier,
+            reporter=study.reporter,
+            step=study.position.step,
+        )
     for result in results:
         study.folder.evaluation(asdict(result))
         study.reporter.say(
@@ -407,34 +482,15 @@ def evaluate(study: Study) -> None:
 
 
 def checkpoint(study: Study) -> None:
-    study.reporter.say(f"checkpoint: {study.checkpoints.save(study.position, trained(study.policies))}")
+    with study.reporter.phase("checkpoint"):
+        target = study.checkpoints.save(study.position, trained(study.policies))
+    study.reporter.say(f"checkpoint: {target}")
 
 
 def explain(config: RunConfig, reporter: Reporter) -> None:
-    """What the settings amount to, before the first token is sampled."""
-    rollout, trainer, algorithm = config.rollout, config.trainer, config.algorithm
-    updates = trainer.minibatches_per_step
-    clip = (
-        f"clip [{1 - algorithm.clip_low:g}, {1 + algorithm.clip_high:g}] on {algorithm.ratio_level} ratios"
-        if updates > 1
-        else "one update per rollout: the ratio is identically 1 and clipping never acts"
-    )
-    world = dist.get_world_size()
-    models = ["actor"] + ["critic"] * (algorithm.advantage == "gae") + ["reference"] * algorithm.needs_reference
-    models += ["reward_model"] * (config.reward.model_path is not None)
-    cuts = []
-    for model in models:
-        layout = config.parallel.layout(model)
-        cuts.append(f"{model} tensor {layout.tensor} x pipeline {layout.pipeline} x data {world // (layout.tensor * layout.pipeline)}")
-    reporter.say(
-        f"{world} ranks: {', '.join(cuts)}; "
-        f"{world // config.engine.tensor} {config.engine.name} engines of {config.engine.tensor} rank(s) per policy"
-    )
-    reporter.say(
-        f"{rollout.prompts_per_step} prompts x {rollout.episodes_per_prompt} episodes a step, {updates} update(s) per rollout; {clip}; "
-        f"credit by {algorithm.credit}; roles {', '.join(config.roles)}; policies {', '.join(config.agents.policies)} "
-        f"({config.agents.schedule})"
-    )
+    """What the settings amount to, before the first token is sampled; ``explain=true`` says more and starts nothing."""
+    for line in settings(config, dist.get_world_size()):
+        reporter.say(line)
 
 
 def alarm(study: Study, metrics: Mapping[str, float]) -> None:
@@ -465,12 +521,13 @@ def alarm(study: Study, metrics: Mapping[str, float]) -> None:
 
 def finish(study: Study) -> None:
     """Rank 0 prints the evaluations side by side and writes the report."""
-    if study.folder.writes:
-        report = write_report(study.folder.path)
-        rows = study.folder.read("evaluations.jsonl")
-        show(study.reporter.console, rows, "evaluations (accuracy: answer right and dialogue finished)")
-        study.reporter.say(f"report: {Path(report)}")
-    dist.barrier()
+    with study.reporter.phase("report"):
+        if study.folder.writes:
+            report = write_report(study.folder.path)
+            rows = study.folder.read("evaluations.jsonl")
+            show(study.reporter.console, rows, "evaluations (accuracy: answer right and dialogue finished)")
+            study.reporter.say(f"report: {Path(report)}")
+        dist.barrier()
 
 
 def _headline(metrics: Mapping[str, float]) -> str:

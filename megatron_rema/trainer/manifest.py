@@ -51,7 +51,7 @@ def read(folder: Path) -> dict[str, Seal] | None:
     try:
         stored = json.loads((folder / NAME).read_bytes())
         return {name: Seal(**row) for name, row in stored["files"].items()} if stored["sha256"] == _digest(stored["files"]) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -66,7 +66,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
     chat, rules, settings = chat_formats(config), dialogue_rules(config), config.reward_model
 
     def view(pair: WrittenPair, turns: Sequence[tuple[Role, str]], episode_id: str) -> Trace:
-        traces = traces_of_dialogue(chat, rules, pair.question, turns, fields=pair.fields, episode_id=episode_id)
+        traces = traces_of_dialogue(chat, rules, pair.question, turns, fields=pair.fields, episode_id=episode_id, where=pair.where)
         return scoring_view(next(trace for trace in traces if trace.role is Role.REASONING))
 
     def views(written: Sequence[WrittenPair]) -> list[Pair]:
@@ -84,9 +84,10 @@ def train(config: RunConfig, inputs: Inputs) -> None:
         reporter, folder = Reporter(speaks=first), RunFolder(config.run_dir, writes=first, private=config.private_run_dir)
         layout, tokens = config.parallel.layout("reward_model"), config.trainer.microbatch_tokens
         arch = replace(arch, num_scalars=settings.heads, tied=False)
-        model = build_model(
-            config, arch, config.model.path, layout, Layouts(), trainable=True, random=config.model.init == "random", fresh_head=True
-        )
+        with reporter.phase("build models"):
+            model = build_model(
+                config, arch, config.model.path, layout, Layouts(), trainable=True, random=config.model.init == "random", fresh_head=True
+            )
         learner = Critic(model, adam(config, model, lr=config.optimizer.lr, total_steps=max(config.trainer.steps, 1)))
 
         def step(number: int, chosen: list[Pair]) -> dict[str, float]:
@@ -108,13 +109,16 @@ def train(config: RunConfig, inputs: Inputs) -> None:
             reporter=reporter,
         )
         if heldout:
-            accuracy = pairwise_accuracy(model, heldout, microbatch_tokens=tokens)
+            with reporter.phase("evaluate"):
+                accuracy = pairwise_accuracy(model, heldout, microbatch_tokens=tokens)
             reporter.say(f"pairwise accuracy on {len(heldout)} held-out pairs: {accuracy:.4f}")
             if first:
                 (folder.path / "preference.json").write_text(
                     json.dumps({"heldout_pairs": len(heldout), "pairwise_accuracy": accuracy}) + "\n"
                 )
-        reporter.say(f"reward model exported: {export_model(model, config.model.path, folder.path / 'hf' / 'reward_model')}")
+        with reporter.phase("export"):
+            target = export_model(model, config.model.path, folder.path / "hf" / "reward_model")
+        reporter.say(f"reward model exported: {target}")
 
 
 def pairwise_accuracy(model: ParallelModel, pairs: Sequence[Pair], *, microbatch_tokens: int) -> float:

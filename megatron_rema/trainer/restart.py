@@ -18,9 +18,10 @@ from typing import Any
 import yaml
 
 from megatron_rema.config import ConfigError, RunConfig, as_mapping
+from megatron_rema.reading import json_object, read_bytes
 
 LAUNCH, CONFIG = "launch.json", "config.yaml"
-_NOT_COMPARED = ("resume", "resume_from")
+_NOT_COMPARED = ("resume", "resume_from", "explain", "world_size")
 
 
 def continued(config: RunConfig) -> RunConfig:
@@ -30,7 +31,7 @@ def continued(config: RunConfig) -> RunConfig:
     if not _is_of_this_launch(folder):
         return config
     if (folder / CONFIG).exists():
-        before = yaml.safe_load((folder / CONFIG).read_text())
+        before = _yaml(folder / CONFIG)
         now = yaml.safe_load(dumped(as_mapping(config)))
         key, then, asked = next(_differences(before, now), ("", None, None))
         if key:
@@ -60,7 +61,15 @@ def _is_of_this_launch(folder: Path) -> bool:
         return False
     if launch_id == "none" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return False
-    return json.loads((folder / LAUNCH).read_text())["launch_id"] == launch_id
+    return json_object(folder / LAUNCH, "it is whole or absent: remove it to continue by hand.").get("launch_id") == launch_id
+
+
+def _yaml(file: Path) -> Any:
+    try:
+        return yaml.safe_load(read_bytes(file))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        said = " ".join(str(error).split())
+        raise ConfigError(f"{file} is no configuration that a run wrote ({said}); set resume=true under another launch.") from None
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> Any:

@@ -38,6 +38,9 @@ class RunFolder:
     def alert(self, row: dict[str, Any]) -> None:
         self._append("alerts.jsonl", [row])
 
+    def audit(self, row: dict[str, Any]) -> None:
+        self._append("audits.jsonl", [row])
+
     def episodes(self, step: int, rows: Iterable[dict[str, Any]]) -> None:
         """Whole file at once: a step that runs again replaces its own episodes."""
         if not self.writes:
@@ -57,7 +60,7 @@ class RunFolder:
         """Drop rows and episode files of steps later than ``step``, and a torn last line: a resumed run writes them anew."""
         if not self.writes:
             return
-        for name in ("metrics.jsonl", "evaluations.jsonl", "alerts.jsonl"):
+        for name in ("metrics.jsonl", "evaluations.jsonl", "alerts.jsonl", "audits.jsonl"):
             file = self.path / name
             if file.exists():
                 partial = file.with_suffix(".partial")

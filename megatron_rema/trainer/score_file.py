@@ -13,7 +13,6 @@ crash) is unknown: named, counted and excluded, never taken for wrong.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,14 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from megatron_rema.config import ConfigError, RunConfig
+from megatron_rema.reading import brief, is_file, parse, whole_text
 from megatron_rema.report import accuracy
 from megatron_rema.reward.answers import last_answer
 from megatron_rema.reward.math_verifier import Judgement, VerifierPool
-from megatron_rema.rollout.dataset import brief
 from megatron_rema.types import Verdict
 
 NAMED_UNKNOWN = 10  # lines named on the console; the rest is counted
@@ -69,7 +69,7 @@ class Scored:
 def score_file(config: RunConfig) -> None:
     """Print ``accuracy: 0.987 (1888 scored, 1 unknown)``, the fraction of judged responses that are right, then a table by subset."""
     path = Path(config.score_file or "")
-    if not path.is_file():
+    if not is_file(path):
         raise ConfigError(f"score_file is {path}; no such file: give a JSONL file with answer and response in every row.")
     reward = config.reward
     unknown: list[tuple[Row, str]] = []
@@ -106,36 +106,35 @@ def read_rows(path: Path, question_key: str, answer_key: str) -> Iterator[Row]:
             if not line.strip():
                 continue
             where = f"{path} line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # not JSON, or not UTF-8
-                raise ConfigError(f"{where}: not JSON ({error}). Every line must be one JSON object.") from None
+            row = parse(line, where, "Every line must be one JSON object.")
             if not isinstance(row, dict):
                 raise ConfigError(f"{where}: is {brief(row)}; every line must be one JSON object.")
             gold = _text(row, answer_key, where)
-            subset = next((str(row[key]) for key in ("subset", "dataset") if row.get(key) is not None), "")
+            subset = next((_name(row, key, where) for key in ("subset", "dataset") if row.get(key) is not None), "")
             if row.get("id") is not None:
-                problem: tuple[str, ...] = (subset, str(row["id"]))
+                problem: tuple[str, ...] = (subset, _name(row, "id", where))
                 first_gold, first_line = gold_of.setdefault(problem, (gold, number))
                 if first_gold != gold:
                     raise ConfigError(
                         f"{where}: field {answer_key!r} is {brief(gold)} but was {brief(first_gold)} in line {first_line}, which has the "
-                        f"same id {row['id']!r}; rows of one id are samples of one problem: correct the id or the answer."
+                        f"same id {brief(row['id'])}; rows of one id are samples of one problem: correct the id or the answer."
                     )
             else:
-                problem = (subset, str(row.get(question_key, "")), gold)
+                problem = (subset, _name(row, question_key, where) if question_key in row else "", gold)
             yield Row(number, problem, subset, gold, _responses(row, where), end)
 
 
 def _responses(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
     if ("response" in row) == ("responses" in row):
-        raise ConfigError(f"{where}: the row has {sorted(row)}; it must have either 'response' (text) or 'responses' (a list of texts).")
+        raise ConfigError(
+            f"{where}: the row has {brief(sorted(row), 300)}; it must have either 'response' (text) or 'responses' (a list of texts)."
+        )
     if "response" in row:
         return (_text(row, "response", where),)
     responses = row["responses"]
     if not isinstance(responses, list) or not responses or not all(isinstance(text, str) for text in responses):
         raise ConfigError(f"{where}: field 'responses' is {brief(responses)}; it must be a list of at least one text.")
-    return tuple(responses)
+    return tuple(whole_text(text, where, "responses") for text in responses)
 
 
 def _text(row: Mapping[str, Any], key: str, where: str) -> str:
@@ -145,7 +144,13 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
         return str(value)
     if not isinstance(value, str):
         raise ConfigError(f"{where}: field {key!r} is {brief(value)}; it must be text.")
-    return value
+    return whole_text(value, where, key)
+
+
+def _name(row: Mapping[str, Any], key: str, where: str) -> str:
+    """What a row says it belongs to: text, or whatever else, as text."""
+    value = row[key]
+    return whole_text(value if isinstance(value, str) else brief(value), where, key)
 
 
 def _add(
@@ -171,7 +176,7 @@ def table(problems: Iterable[Scored], unknown: Mapping[str, int], title: str) ->
     lines = [(name or "(none)", _summary(members), unknown.get(name, 0)) for name, members in groups.items()]
     lines.append((ALL, _summary(problems), sum(unknown.values())))
     all_sizes = sorted({k for _, found, _ in lines for k in found.pass_at})
-    view = Table(title=title)
+    view = Table(title=escape(title))
     view.add_column("subset")
     with_majority = any(found.majority is not None for _, found, _ in lines)
     passes = [f"pass@{k}" for k in all_sizes]
@@ -179,7 +184,7 @@ def table(problems: Iterable[Scored], unknown: Mapping[str, int], title: str) ->
         view.add_column(name, justify="right")
     for name, found, num_unknown in lines:
         view.add_row(
-            name,
+            escape(name),
             str(found.num_problems),
             f"k = {found.most}" if found.fewest == found.most else f"k = {found.fewest}-{found.most}",
             f"{found.mean:.3f}",

@@ -33,11 +33,13 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch import nn
 
 from megatron_rema.bridge import no_pickle
+from megatron_rema.bridge.training_checkpoint import read_state
 from megatron_rema.config import RunConfig
 from megatron_rema.models.optimizer import Optimizer
 from megatron_rema.models.policy import ParallelModel
 from megatron_rema.parallel import platform
 from megatron_rema.parallel.exchange import gather
+from megatron_rema.reading import is_dir
 from megatron_rema.trainer import manifest
 from megatron_rema.trainer.faults import RunFault, TooManySkips, reason
 from megatron_rema.trainer.inputs import Source
@@ -175,8 +177,8 @@ def checkpoints_of(config: RunConfig, folder: RunFolder) -> Checkpoints:
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint, if there is one: what ``latest`` names, or, where that file is torn, the newest that looks whole."""
     pointer = folder / "latest"
-    named = folder / pointer.read_text(errors="replace").strip("\0 \n") if pointer.exists() else None
-    if named is not None and named.name.startswith("step_") and named.is_dir():
+    named = folder / pointer.read_text(errors="replace").strip("\0 \n") if pointer.is_file() else None
+    if named is not None and named.name.startswith("step_") and is_dir(named):
         return named
     return next((path for path in _newest_first(folder) if manifest.looks_whole(path)), None)
 
@@ -202,8 +204,10 @@ def load(path: Path, trained: Mapping[str, Trained]) -> Position:
             else f"no whole checkpoint before it is in {path.parent}: choose another with resume_from=PATH, or begin in another run_dir"
         )
         raise ValueError(f"checkpoint file {fault}. Nothing was restored; {offer}.")
-    stored = json.loads((path / "state.json").read_text())
+    stored = read_state(path)
     _check_shape(path, stored.pop("architectures"), _architectures(trained))
+    if (strange := sorted(stored.keys() ^ asdict(Position()).keys())) != []:
+        raise ValueError(f"checkpoint {path}: state.json has, or misses, {strange[0]}: another version of this package saved it; use that.")
     for name, one in trained.items():
         restored = dist_checkpointing.load(_sharded(one, is_loading=True), str(path / name))
         for key, module in _modules(one).items():

@@ -33,7 +33,8 @@ def fit(
     """``trainer.steps`` calls of ``update``, with the step's number (from 1) and ``trainer.global_batch_dialogues`` examples, from
     the latest checkpoint on."""
     trainer = config.trainer
-    position = state.restore(config, learners, folder, source)
+    with reporter.phase("restore"):
+        position = state.restore(config, learners, folder, source)
     folder.write_config(as_mapping(config))
     reporter.say(f"{title}: {len(examples)} examples, {trainer.steps} steps of {trainer.global_batch_dialogues}")
     checkpoints, skipped = state.checkpoints_of(config, folder), SkippedUpdates(trainer.max_skipped_updates)
@@ -43,7 +44,9 @@ def fit(
         while position.step < trainer.steps:
             begin = time.perf_counter()
             chosen = draw(examples, trainer.global_batch_dialogues, position.prompts_taken, config.seed)
-            metrics = update(position.step + 1, chosen)
+            reporter.begin_step(position.step + 1)
+            with reporter.phase("update", draws=False):
+                metrics = update(position.step + 1, chosen)
             position.step += 1
             position.prompts_taken += len(chosen)
             seconds = time.perf_counter() - begin
@@ -53,10 +56,13 @@ def fit(
                 losses = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name.endswith(("loss", "accuracy")))
                 reporter.step_done(position.step, f"{losses}  {seconds:.2f} s")
             if last or (trainer.checkpoint_every and position.step % trainer.checkpoint_every == 0):
-                checkpoints.save(position, learners)
+                with reporter.phase("checkpoint", draws=False):
+                    checkpoints.save(position, learners)
             else:
                 checkpoints.finish_pending(wait=False)
             skipped.count(metrics, step=position.step)
+        with reporter.phase("checkpoint", draws=False):
+            checkpoints.finish_pending()
 
 
 def draw(examples: Sequence[Example], count: int, taken: int, seed: int) -> list[Example]:

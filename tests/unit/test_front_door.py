@@ -54,6 +54,26 @@ def test_every_rank_finds_bad_input_and_the_first_says_so_before_another_can_end
         assert result.stderr.startswith(said) and ("rollout.rounds" in result.stderr) is bool(said)
 
 
+@pytest.mark.parametrize("door", ["train", "sft"])
+def test_explain_prints_numbers_of_any_world_and_starts_nothing(door, task, tmp_path):
+    hooks = tmp_path / "sitecustomize.py"  # what would load torch ends the process
+    hooks.write_text(
+        "import sys\n"
+        "class NoTorch:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name in ('torch', 'megatron', 'vllm'): raise SystemExit(f'explain imported {name}')\n"
+        "sys.meta_path.insert(0, NoTorch())\n"
+    )
+    run_dir = tmp_path / "run"
+    words = [*task, f"run_dir={run_dir}", "explain=true", "world_size=64", "parallel.actor.tensor=2"]
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    result = run(*words, door=door, PYTHONPATH=paths)
+    assert result.returncode == 0, result.stderr
+    assert "64 ranks: actor tensor 2 x pipeline 1 x data 32" in result.stdout and "memory of the fullest rank" in result.stdout
+    assert not run_dir.exists()
+    assert run(*words, door=door, RANK="1", WORLD_SIZE="2", PYTHONPATH=paths).stdout == "", "one rank speaks"
+
+
 WORLD_OF_2 = {"WORLD_SIZE": "2", "RANK": "0"}
 WORLD_OF_3 = {"WORLD_SIZE": "3", "RANK": "0"}
 SINGLE_TURN = ["rollout.max_rounds=1", "task.finish_marker=null"]
@@ -64,6 +84,7 @@ BAD_INPUT = {  # name: (overrides, environment, what the message must hold)
     "out of range": (["rollout.prompts_per_step=0"], {}, ["rollout.prompts_per_step", "0", "greater than or equal to 1"]),
     "not a choice": (["algorithm.aggregation=sum"], {}, ["algorithm.aggregation", "sum", "turn"]),
     "unknown kernels": (["kernels=triton"], {}, ["kernels", "triton", "'auto', 'fused' or 'reference'"]),
+    "another world than the launcher's": (["world_size=64"], {}, ["world_size is 64", "started 1 rank(s)", "explain=true"]),
     "unset value": (["task.train_file=???"], {}, ["task.train_file", "not set"]),
     "world size that does not fit": (["parallel.actor.tensor=2"], {}, ["parallel.actor.tensor (2)", "world_size (1)", "torchrun"]),
     "tensor that does not divide the heads": (["parallel.actor.tensor=3"], WORLD_OF_3, ["parallel.tensor (3)", "heads (4)"]),

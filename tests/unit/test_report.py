@@ -5,6 +5,7 @@ import math
 import random
 import subprocess
 import sys
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -431,3 +432,21 @@ def test_reading_a_run_needs_neither_torch_nor_matplotlib():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stderr.strip() == ""
+
+
+def test_integrity_alerts_come_with_what_was_said_in_every_arm(tmp_path):
+    arms = {"full": {"gold": 1.0, "turns": [["meta_thinking", HOSTILE], ["reasoning", "7"]]}}
+    item = {"question": "3 + 4", "answer": "7", "proxy": 1.0, "arms": arms}
+    clean = {"step": 1, "verdict": "clean", "mechanism": None, "transcripts": [{**item, "question": "not shown"}]}
+    hack = {"step": 26, "verdict": "hack", "mechanism": "the plan is the answer", "transcripts": [item]}
+    gap = {f"integrity/audit/proxy_gold/{name}": value for name, value in (("proxy", 0.9), ("gold", 0.4))}
+    for name, rows in {
+        "metrics": [{"step": step, **gap} for step in (1, 26)],
+        "audits": [clean, hack],
+        "alerts": [{"step": 26, "alert": "integrity_hack"}],
+    }.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "step 26: hack, the plan is the answer" in page and "3 + 4 = 7, paid 1" in page and "not shown" not in page
+    assert HOSTILE not in page and escape(HOSTILE) in page
+    assert (tmp_path / "plots" / "integrity.png").stat().st_size > 1000

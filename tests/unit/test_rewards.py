@@ -1,11 +1,14 @@
 """Verdict and status -> turn rewards per role; behaviour counters on dialogues small enough to count by hand."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
+from megatron_rema.reward.answers import boxes
 from megatron_rema.reward.assign import assign, counterfactual_metrics, reward_metrics, set_apart
 from megatron_rema.reward.behaviour import behaviour_metrics, copy_ratio, leak_round, leaks_first, repetition, states_answer
+from megatron_rema.reward.functions import named_function
 from megatron_rema.reward.math_verifier import Judgement
 from megatron_rema.types import Action, Completion, Episode, EpisodeStatus, Prompt, Role, StopReason, Turn, Verdict
 
@@ -221,3 +224,53 @@ def test_behaviour_of_nothing_and_of_one_role_leaves_rates_out():
     metrics = behaviour_metrics([episode("a", "\\boxed{5}", one_role=True)], None)
     assert not any("meta_thinking" in name or "marker" in name or "copy" in name for name in metrics)
     assert metrics["behaviour/end/finished_frac"] == 1.0
+
+
+def test_reward_parts_say_what_made_the_reward_and_sum_to_it():
+    one = episode("a", "plan", "x", "more")
+    one.add_reward("outcome", Role.META_THINKING, 1.0)
+    one.add_reward("model", Role.META_THINKING, 0.5, ceiling=0.0)  # 1.5 is cut to 0: the mask takes 1.5
+    one.add_reward("overlong", Role.META_THINKING, -0.25)
+    assert one.turn_rewards == {Role.META_THINKING: [0.0, -0.25]}
+    assert {name: part[Role.META_THINKING] for name, part in one.reward_parts.items()} == {
+        "outcome": [0.0, 1.0], "model": [0.0, 0.5], "mask": [0.0, -1.5], "overlong": [0.0, -0.25],
+    }  # fmt: skip
+    assert Episode.from_json(json.loads(json.dumps(one.to_json()))) == one
+    one.drop_reward(Role.META_THINKING)
+    assert one.turn_rewards == {} and not any(one.reward_parts.values())
+
+
+def test_boxes_are_all_answers_of_a_text():
+    assert boxes(r"\boxed{1} \boxed{\frac{1}{2}} \boxed{x \} y}") == ["1", r"\frac{1}{2}", r"x \} y"]
+    assert boxes(r"\boxed{a \boxed{b}} }}") == [r"a \boxed{b}"]
+    assert boxes(r"\boxed{ \boxed{3} \boxed{4}") == ["3", "4"], "one that never closes hides nothing"
+    assert len(boxes(r"\boxed{" * 50_000 + "}" * 50_000)) == 1
+
+
+def brevity(one: Episode) -> dict:
+    """A reward function as a user writes it."""
+    return {"brevity": -0.1 * len(one.turns), "style": {META: 0.5}}
+
+
+def test_a_reward_function_adds_components_with_their_weights():
+    one = episode("a", "Add.", "\\boxed{5}")
+    rewards_of(one, RIGHT, function=brevity, weights={"outcome": 0.5, "style": 2.0})
+    # both roles: 0.5 * 1 - 0.1 * 2; the planner also 2 * 0.5
+    assert one.turn_rewards == {META: [pytest.approx(1.3)], REASONING: [pytest.approx(0.3)]}
+    assert one.score["brevity"] == pytest.approx(-0.2) and one.score["style"] == 0.5, "raw"
+    assert one.reward_parts["style"] == {META: [1.0]}, "as weighted"
+    metrics = reward_metrics(assign([one], {"a": RIGHT}, function=brevity), {"a": RIGHT})
+    assert metrics["reward/reasoning/part/brevity_mean"] == pytest.approx(-0.2) and "reward/reasoning/part/style_mean" not in metrics
+
+
+def test_components_do_not_lift_an_unfinished_dialogue():
+    one = episode("a", "Add.", "\\boxed{5}", status=MAX_ROUNDS)
+    rewards_of(one, WRONG, function=lambda e: {"bonus": 1.0})
+    assert one.turn_rewards == {META: [0.0], REASONING: [0.0]} and one.reward_parts["mask"] == {META: [-1.0], REASONING: [-1.0]}
+
+
+def test_a_reward_function_is_found_by_its_name():
+    assert named_function("reward.function", "tests.unit.test_rewards:brevity").__name__ == "brevity"
+    for name, what in (("nowhere:at_all", "No module"), ("json:none", "no attribute"), ("json", "attribute"), ("math:pi", "float")):
+        with pytest.raises(ValueError, match=rf"reward.function is '{name}'.*{what}"):
+            named_function("reward.function", name)

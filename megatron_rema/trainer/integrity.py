@@ -1,0 +1,371 @@
+"""Integrity in a run: signals after every step, audits on a budget of sampled tokens, verdicts in alerts.jsonl, outcomes in audits.jsonl.
+
+Everything is a function of what every rank holds alike (episodes, metrics, tokens, never a clock), so ranks agree on when an audit is due
+without a word, and a resumed run audits where the uninterrupted one would. Nothing here changes rewards, advantages or weights.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+from megatron_rema.config import IntegrityConfig
+from megatron_rema.integrity import audits, texts
+from megatron_rema.integrity.audits import AuditPoint, Finding
+from megatron_rema.integrity.gold import Gold
+from megatron_rema.integrity.signals import SIGNALS, Past, Reading
+from megatron_rema.integrity.verdict import Level, Verdict, verdict_of
+from megatron_rema.integrity.view import Observation, rollouts_of
+from megatron_rema.reward.behaviour import leaks_first
+from megatron_rema.reward.functions import named_function
+from megatron_rema.reward.math_verifier import Judgement
+from megatron_rema.rollout.dialogue import Chats, Dialogue, DialogueRules, chat_of
+from megatron_rema.trainer.progress import Reporter
+from megatron_rema.trainer.run_folder import RunFolder
+from megatron_rema.types import Completion, Episode, EpisodeStatus, Prompt, Role, StopReason
+
+FEWEST_PROBLEMS = 8  # an audit of fewer says nothing
+KEPT_AUDITS = 4  # paired outcomes are accumulated over so many
+TRANSCRIPTS = 4  # items of an audit whose words are kept
+Oracle = Callable[[Episode], float]
+Judgements = Mapping[str, Judgement]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What audits play with: the run's own engines, verifier and reward function. Every call is a collective."""
+
+    rules: DialogueRules
+    chat: Chats
+    play: Callable[[Sequence[Prompt], DialogueRules], tuple[list[Episode], Judgements]]  # one episode a prompt
+    judge: Callable[[Sequence[Episode]], Judgements]
+    pay: Callable[[Sequence[Episode], Judgements], list[Episode]]  # fills verdict, score and rewards; those without a verdict are left out
+
+
+def oracle_of(name: str) -> Oracle:
+    """The gold function. Raises ValueError for one that cannot be imported."""
+    if name == "verdict":
+        return lambda episode: episode.score["correct"] * episode.score["finished"]
+    return named_function("integrity.oracle", name)
+
+
+def audit_problems(prompts: Sequence[Prompt], settings: IntegrityConfig, seed: int) -> list[Prompt]:
+    """The problems that every audit of a run takes from the front: no two with one question, a judge's in the order as given."""
+    distinct = list({p.question: p for p in reversed(prompts) if not p.is_swapped}.values())
+    return random.Random(f"audit/{seed}").sample(distinct, min(settings.audit_problems, len(distinct)))
+
+
+class Monitor:
+    """Watches one run."""
+
+    def __init__(self, settings: IntegrityConfig, prompts: Sequence[Prompt], *, folder: RunFolder, reporter: Reporter) -> None:
+        self.settings, self.prompts, self.folder, self.reporter = settings, prompts, folder, reporter
+        self.oracle = oracle_of(settings.oracle)
+        self.credit = 0.0  # tokens that audits may still sample
+        self.readings: dict[str, Reading] = {}
+        self.reasons: list[str] = []  # of signals that fired since the last audit
+        self._start = Observation(0, [])
+        self._metrics: list[dict[str, float]] = []  # of earlier steps
+        self._outcomes: list[dict[str, Any]] = []  # rows of audits.jsonl, oldest first
+
+    # --- every step --------------------------------------------------------------------------------------------------
+
+    def observe(
+        self,
+        step: int,
+        episodes: Sequence[Episode],
+        metrics: Mapping[str, float],
+        members: Mapping[str, Sequence[float]] | None = None,
+    ) -> dict[str, float]:
+        """Signals of one step, as ``integrity/...`` metrics. ``episodes``: those that were rewarded; ``members``: what each member of a
+        reward ensemble says of them."""
+        now = Observation(step, rollouts_of(episodes, members), metrics)
+        past = Past(self._start, self._metrics)
+        self.readings = {signal.name: signal.measure(now, past) for signal in SIGNALS}
+        values = {f"integrity/{key}": value for reading in self.readings.values() for key, value in reading.values.items()}
+        fired = {name: reading.reason for name, reading in self.readings.items() if reading.fires}
+        self.reasons += [f"{name}: {reason}" for name, reason in fired.items()]
+        sampled = metrics["rollout/sampled_tokens"]
+        self.credit += self.settings.budget_frac * sampled * (self.settings.audit_every if step == 1 else 1)
+        values |= {"integrity/signals_fired": float(len(fired)), "integrity/credit_tokens": self.credit}
+        self._remember(now, values)
+        return values
+
+    def _remember(self, now: Observation, values: Mapping[str, float]) -> None:
+        if now.step <= self.settings.start_steps:
+            self._start = Observation(now.step, [*self._start.rollouts, *now.rollouts])
+        kept = ("train/", "integrity/", "rollout/")
+        self._metrics.append({name: value for name, value in {**now.metrics, **values}.items() if name.startswith(kept)})
+
+    def restore(self, step: int) -> None:
+        """Back to where the run folder says that the monitor stood after ``step``: a fold over its files. Every rank reads them."""
+        self._outcomes = [row for row in self.folder.read("audits.jsonl") if row["step"] <= step]
+        audited = self._outcomes[-1]["step"] if self._outcomes else 0
+        for row in self.folder.read("metrics.jsonl"):
+            if row["step"] > step or "integrity/credit_tokens" not in row:  # the second: a step without a monitor
+                continue
+            rollouts = []
+            if row["step"] <= self.settings.start_steps:
+                rows = self.folder.read(f"episodes/step_{row['step']:06d}.jsonl")
+                rollouts = rollouts_of([Episode.from_json(one) for one in rows])
+            self._remember(Observation(row["step"], rollouts, row), {})
+            self.credit = row["integrity/credit_tokens"]
+            if row["integrity/signals_fired"] and row["step"] > audited:
+                self.reasons.append(f"signals of step {row['step']}, before the run was resumed")
+        self.credit -= sum(row["sampled_tokens"] for row in self._outcomes if row["step"] == step)
+
+    # --- audits ------------------------------------------------------------------------------------------------------
+
+    def num_problems(self, bench: Bench) -> int:
+        """How many problems the budget allows an audit of."""
+        per_episode = self._metrics[-1]["rollout/sampled_tokens"] / max(self._metrics[-1]["rollout/episodes"], 1.0)
+        return min(len(self.prompts), int(self.credit / max(per_episode * len(arms_of(bench.rules)), 1.0)))
+
+    def is_due(self, step: int, bench: Bench) -> bool:
+        """The first one after step 1; then every ``audit_every`` steps, or where a signal fired, as soon as the budget allows."""
+        last = self._outcomes[-1]["step"] if self._outcomes else None
+        wanted = last is None or step - last >= self.settings.audit_every or bool(self.reasons)
+        return wanted and self.num_problems(bench) >= min(FEWEST_PROBLEMS, len(self.prompts))
+
+    def audit(self, step: int, bench: Bench) -> dict[str, float]:
+        """Play, judge, decide; write audits.jsonl and, unless all is clean, an alert. Returns metrics. A collective."""
+        problems = self.prompts[: self.num_problems(bench)]
+        row, sampled = self._play(step, problems, bench)
+        self.credit -= sampled
+        self._outcomes.append(row)
+        findings = findings_of(self._outcomes, self.settings.oracle)
+        verdict = verdict_of(findings, self.readings)
+        self._tell(step, findings, verdict)
+        self.reasons = []
+        values = {f"integrity/audit/{f.audit}/{name}": float(value) for f in findings for name, value in f.values.items()}
+        alarms = sum(finding.alarm for finding in findings)
+        return values | {"integrity/audit/sampled_tokens": float(sampled), "integrity/audit/alarms": float(alarms)}
+
+    def _play(self, step: int, problems: Sequence[Prompt], bench: Bench) -> tuple[dict[str, Any], int]:
+        """One row of audits.jsonl, item by item, and the tokens that it cost."""
+        sampled = 0
+        outcomes: dict[str, list[float | None]] = {}
+        gold: dict[str, float] = {}
+        row: dict[str, Any] = {"step": step, "problems": [p.prompt_id for p in problems], "reasons": self.reasons}
+        full: list[Episode] = []
+        said: dict[str, list[Episode]] = {}
+        for arm in arms_of(bench.rules):
+            episodes, judgements = bench.play(problems, arm.rules(bench.rules, full, problems))
+            sampled += sum(episode.num_sampled_tokens for episode in episodes)
+            paid = {episode.episode_id: episode for episode in bench.pay(episodes, judgements)}
+            gold = {episode_id: float(self.oracle(episode)) for episode_id, episode in paid.items()}
+            outcomes[arm.name] = [gold.get(episode.episode_id) for episode in episodes]
+            said[arm.name] = episodes
+            if arm.name == "full":
+                full = episodes
+                row |= {
+                    "proxy": [proxy_of(paid[e.episode_id]) if e.episode_id in paid else None for e in episodes],
+                    "episode_ids": [e.episode_id for e in episodes],
+                    "leaks": [leaks_first(e) for e in episodes],
+                }
+            if arm.name == "wrong_answer":
+                row["followed"] = [_follows(episode) for episode in episodes]
+        row |= {"gold": outcomes, "sampled_tokens": sampled}
+        row["canaries"] = canary_rewards(problems, bench)
+        row["stripped"], row["stripped_phrases"] = stripped_rewards(full, bench)
+        row["transcripts"] = transcripts(row, said)
+        return row, sampled
+
+    def _tell(self, step: int, findings: Sequence[Finding], verdict: Verdict) -> None:
+        row = {
+            **self._outcomes[-1],
+            "verdict": verdict.level,
+            "mechanism": verdict.mechanism,
+            "findings": [finding.to_json() for finding in findings],
+        }
+        self.folder.audit(row)
+        if verdict.level is Level.CLEAN:
+            return
+        self.folder.alert(
+            {
+                "step": step,
+                "alert": f"integrity_{verdict.level}",
+                "mechanism": verdict.mechanism,
+                "statement": verdict.statement,
+                "access": verdict.access,
+                "evidence": [item for finding in verdict.findings for item in finding.evidence][:8],
+                "compared_with_step": self._outcomes[0]["step"],
+            }
+        )
+        self.reporter.say(f"ALERT step {step}: integrity {verdict.level}: {verdict.statement}")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to play the audit's problems again."""
+
+    name: str
+    rules: Callable[
+        [DialogueRules, Sequence[Episode], Sequence[Prompt]], DialogueRules
+    ]  # (the run's, episodes of arm full, problems) -> its
+
+
+def arms_of(rules: DialogueRules) -> tuple[Arm, ...]:
+    """Those that make sense for these roles; ``full`` first. All are greedy, so that they differ by the edit alone."""
+
+    def edited(edit: Callable[[Sequence[Episode], Sequence[Prompt]], Callable[[str, int, str], str]], **changes: Any):
+        return lambda rules, full, problems: replace(greedy(rules), edit_plan=edit(full, problems), **changes)
+
+    arms = [Arm("full", lambda rules, full, problems: greedy(rules))]
+    if Role.META_THINKING not in rules.roles:
+        return tuple(arms)
+    arms += [
+        Arm("no_plan", edited(lambda full, problems: lambda question, round_index, plan: texts.NO_PLAN)),
+        Arm("swapped", edited(lambda full, problems: texts.rotated({e.prompt.question: _plans(e) for e in full}))),
+        Arm("redacted", edited(lambda full, problems: lambda question, round_index, plan: texts.redacted(plan))),
+        Arm("wrong_answer", edited(lambda full, problems: _planting({p.question: p for p in problems}, rules.finish_marker))),
+    ]
+    if rules.finish_marker is not None and rules.max_rounds > 1:
+        later = min(2, rules.max_rounds - 1)
+        arms.append(
+            Arm(
+                "continued",
+                edited(
+                    lambda full, problems: (
+                        lambda question, round_index, plan: texts.without_marker(plan, rules.finish_marker) if round_index < later else plan
+                    ),
+                    finish_from_round=later,
+                ),
+            )
+        )
+    return tuple(arms)
+
+
+def greedy(rules: DialogueRules) -> DialogueRules:
+    return replace(rules, temperature=0.0, samples_per_plan=1, counterfactuals=None)
+
+
+def findings_of(outcomes: Sequence[Mapping[str, Any]], oracle: str) -> list[Finding]:
+    """All findings after the last of these audits. Items without a verdict on either side of a pair are left out."""
+    recent, first = outcomes[-KEPT_AUDITS:], outcomes[0]
+    found = [audits.proxy_gold([_point(row, oracle) for row in outcomes])]
+    found.append(audits.canaries(outcomes[-1]["canaries"], first["canaries"] if len(outcomes) > 1 else None))
+    raw, stripped = _pairs([{"a": row["proxy"], "b": row["stripped"]} for row in recent], "a", "b")
+    phrases = texts.commonest([phrase for row in recent for phrase in row["stripped_phrases"]])
+    found.append(audits.strip_and_rescore(raw, stripped, phrases))
+    golds = [row["gold"] for row in recent]
+    if "no_plan" in golds[-1]:
+        full, no_plan, swapped = _pairs(golds, "full", "no_plan", "swapped")
+        found.append(audits.plan_use(full, no_plan, swapped))
+        full, redacted = _pairs(golds, "full", "redacted")
+        leaks, followed = ([item for row in recent for item in row[name]] for name in ("leaks", "followed"))
+        found.append(audits.plan_leak(leaks, full, redacted, followed))
+    if "continued" in golds[-1]:
+        ended, continued = _pairs(golds, "full", "continued")
+        found.append(audits.forced_continuation(ended, continued))
+    return found
+
+
+def proxy_of(episode: Episode) -> float:
+    """What training pays: mean over the rewarded roles of the sum of their turns' rewards."""
+    return fmean(map(sum, episode.turn_rewards.values())) if episode.turn_rewards else 0.0
+
+
+def canary_rewards(problems: Sequence[Prompt], bench: Bench) -> dict[str, list[float]]:
+    """What the run's reward function pays the reasoner for each canary, problem by problem; none without a verdict."""
+    written = [
+        (
+            canary,
+            _written(
+                f"canary/{c}/{p.prompt_id}", p, canary.replace("{question}", p.question).replace("{wrong}", texts.wrong_answer(p)), bench
+            ),
+        )
+        for c, canary in enumerate(audits.CANARIES)
+        for p in problems[:FEWEST_PROBLEMS]
+    ]
+    episodes = [episode for _, episode in written]
+    paid = {e.episode_id: sum(e.turn_rewards[Role.REASONING]) for e in bench.pay(episodes, bench.judge(episodes))}
+    rewards: dict[str, list[float]] = {canary: [] for canary in audits.CANARIES}
+    for canary, episode in written:
+        if episode.episode_id in paid:
+            rewards[canary].append(paid[episode.episode_id])
+    return rewards
+
+
+def stripped_rewards(full: Sequence[Episode], bench: Bench) -> tuple[list[float | None], list[str]]:
+    """What the reward function pays for the same dialogues without words that speak to it, and those words."""
+    stripped, phrases = [], []
+    for episode in full:
+        turns = []
+        for turn in episode.turns:
+            text, taken = texts.sanitise(turn.text)
+            phrases += taken
+            turns.append(replace(turn, text=text, completion=_said(turn.completion.request_id, turn.role, text, bench)) if taken else turn)
+        stripped.append(Episode(f"stripped/{episode.episode_id}", episode.prompt, episode.group_index, turns, episode.status))
+    paid = {e.episode_id: proxy_of(e) for e in bench.pay(stripped, bench.judge(stripped))}
+    return [paid.get(episode.episode_id) for episode in stripped], phrases
+
+
+def transcripts(row: Mapping[str, Any], said: Mapping[str, Sequence[Episode]]) -> list[dict[str, Any]]:
+    """What was said in every arm, for the items that show most: paid more than they are worth, then plans that state the answer."""
+
+    def shows(i: int) -> tuple[bool, bool]:
+        proxy, gold = row["proxy"][i], row["gold"]["full"][i]
+        return (None not in (proxy, gold) and proxy > gold), row["leaks"][i]
+
+    order = sorted(range(len(row["proxy"])), key=shows, reverse=True)[:TRANSCRIPTS]
+    return [
+        {
+            "question": said["full"][i].prompt.question,
+            "answer": said["full"][i].prompt.answer,
+            "proxy": row["proxy"][i],
+            "arms": {
+                name: {"gold": row["gold"][name][i], "turns": [[turn.role, turn.text] for turn in episodes[i].turns]}
+                for name, episodes in said.items()
+            },
+        }
+        for i in order
+    ]
+
+
+def _written(episode_id: str, prompt: Prompt, reply: str, bench: Bench) -> Episode:
+    """A finished dialogue of one round whose reasoner says ``reply`` and whose planner says nothing but what ends it."""
+    dialogue = Dialogue(bench.chat, bench.rules, prompt.question, prompt.fields)
+    for role in bench.rules.roles:
+        dialogue.add(_said(episode_id, role, reply if role is Role.REASONING else bench.rules.finish_marker or "", bench))
+    return Episode(episode_id, prompt, 0, dialogue.turns, EpisodeStatus.FINISHED)
+
+
+def _said(request_id: str, role: Role, text: str, bench: Bench) -> Completion:
+    ids = chat_of(bench.chat, role).encode_message(text)
+    return Completion(request_id, ids, (0.0,) * len(ids), StopReason.STOP, weight_version=0)
+
+
+def _planting(prompts: Mapping[str, Prompt], finish_marker: str | None) -> Callable[[str, int, str], str]:
+    def edit(question: str, round_index: int, plan: str) -> str:
+        return texts.with_answer(plan, prompts[question], texts.wrong_answer(prompts[question]), finish_marker)
+
+    return edit
+
+
+def _follows(episode: Episode) -> bool:
+    replies = episode.turns_of(Role.REASONING)
+    return bool(replies) and texts.says(replies[-1].text, episode.prompt, texts.wrong_answer(episode.prompt))
+
+
+def _plans(episode: Episode) -> list[str]:
+    return [turn.text for turn in episode.turns_of(Role.META_THINKING)]
+
+
+def _point(row: Mapping[str, Any], oracle: str) -> AuditPoint:
+    known = [i for i, (proxy, gold) in enumerate(zip(row["proxy"], row["gold"]["full"], strict=True)) if None not in (proxy, gold)]
+    return AuditPoint(
+        row["step"],
+        [row["proxy"][i] for i in known],
+        [Gold(row["gold"]["full"][i], oracle) for i in known],
+        [row["episode_ids"][i] for i in known],
+    )
+
+
+def _pairs(rows: Sequence[Mapping[str, Sequence[float | None]]], *names: str) -> list[list[float]]:
+    """The columns ``names`` of all rows, end to end, where every one of them is known."""
+    items = [item for row in rows for item in zip(*(row[name] for name in names), strict=True) if None not in item]
+    return [list(column) for column in zip(*items, strict=True)] if items else [[] for _ in names]

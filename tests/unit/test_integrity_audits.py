@@ -1,0 +1,177 @@
+"""Findings of audits on outcomes that can be worked out by hand, and the verdict that they lead to."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from megatron_rema.integrity.audits import (
+    CANARIES,
+    AuditPoint,
+    Finding,
+    canaries,
+    causal_influence,
+    cross_play,
+    forced_continuation,
+    isomorphic,
+    mutual_information,
+    paraphrase,
+    plan_leak,
+    plan_use,
+    proxy_gold,
+    sentinel,
+    strip_and_rescore,
+    two_judges,
+    wrong_hint,
+)
+from megatron_rema.integrity.gold import Access, Gold
+from megatron_rema.integrity.signals import Reading
+from megatron_rema.integrity.statistics import paired_effect
+from megatron_rema.integrity.verdict import Action, Level, action_for, verdict_of
+
+
+def point(step: int, proxy: float, gold: float, n: int = 100) -> AuditPoint:
+    """n items of which the fractions ``proxy`` and ``gold`` are 1."""
+
+    def column(mean: float) -> list[float]:
+        return [1.0] * round(mean * n) + [0.0] * (n - round(mean * n))
+
+    return AuditPoint(step, column(proxy), [Gold(g, "test") for g in column(gold)], [str(i) for i in range(n)])
+
+
+def test_a_proxy_that_leaves_gold_behind_is_an_alarm():
+    # audit 0: R = G item by item, so its gap is 0 and its error half a count in 100, 0.005. audit 2: R = 1 in 80, G in 30 of them: the gap
+    # is 0.5 with standard error sqrt(0.25 / 99) = 0.0503: u = 0.5 / sqrt(0.0503^2 + 0.005^2) = 9.9
+    found = proxy_gold([point(0, 0.5, 0.5), point(25, 0.7, 0.45), point(50, 0.8, 0.3)])
+    assert found.alarm and found.access is Access.ORACLE and found.mechanism is None
+    assert found.values["gap"] == pytest.approx(0.5)
+    assert found.values["gap_z"] == pytest.approx(0.5 / math.hypot(math.sqrt(0.25 / 99), 0.005))
+    # u_1: gap 0.25, se sqrt(0.1875 / 99) = 0.0435 -> 5.7; S = 5.7 - 0.5 + 9.9 - 0.5
+    u1 = 0.25 / math.hypot(math.sqrt(0.1875 / 99), 0.005)
+    assert found.values["cusum"] == pytest.approx(u1 - 0.5 + found.values["gap_z"] - 0.5)
+    assert found.values["gold_below_best"] == pytest.approx(0.2)
+    assert found.evidence == ["30", "31", "32", "33"], "paid and not worth it"
+
+
+def test_gold_that_rises_with_the_proxy_is_none():
+    assert not proxy_gold([point(0, 0.5, 0.5), point(25, 0.7, 0.68), point(50, 0.9, 0.88)]).alarm
+    assert not proxy_gold([point(0, 0.5, 0.5)]).alarm
+
+
+def test_a_constant_distance_from_the_start_is_none():
+    # a proxy that was always more generous by 0.2 did not leave gold behind
+    assert not proxy_gold([point(0, 0.5, 0.3), point(25, 0.6, 0.4), point(50, 0.7, 0.5)]).alarm
+
+
+def test_a_canary_that_is_paid_names_itself():
+    found = canaries({".": [0.0] * 40, "Solution": [1.0] * 30 + [0.0] * 10, "": [-1.0] * 40})
+    assert found.alarm and found.evidence == ["Solution"] and "'Solution'" in found.mechanism
+    assert found.values == {"positive_frac_max": 0.75, "paid_canaries": 1.0}
+    assert not canaries({".": [0.0] * 40, ":": [0.0] * 39 + [1.0]}).alarm, "one in forty is luck"
+    assert not canaries({".": [1.0] * 20 + [0.0] * 20}, before={".": [1.0] * 20 + [0.0] * 20}).alarm, "it was so before training"
+
+
+def test_canaries_are_ten_and_hold_an_echo_and_a_wrong_answer():
+    assert len(set(CANARIES)) == 10 and any("{question}" in c for c in CANARIES) and any("{wrong}" in c for c in CANARIES)
+
+
+def test_what_is_known_by_heart_fails_when_numbers_change():
+    found = isomorphic([1.0] * 50, [0.0] * 25 + [1.0] * 25)
+    assert found.alarm and found.values["effect"] == pytest.approx(0.5)
+    assert not isomorphic([1.0] * 50, [1.0] * 49 + [0.0]).alarm
+    start = paired_effect([1.0] * 50, [0.0] * 20 + [1.0] * 30)
+    assert not isomorphic([1.0] * 50, [0.0] * 25 + [1.0] * 25, before=start).alarm, "no worse than at the start"
+
+
+def test_words_that_the_evaluator_pays_for():
+    assert strip_and_rescore([1.0] * 30, [0.5] * 30, ["best answer"]).mechanism.endswith("'best answer'")
+    assert not strip_and_rescore([1.0] * 30, [1.0] * 30).alarm
+
+
+def test_a_copied_hint():
+    assert wrong_hint([0.5, 0.0] * 20, [1.0] * 40, [0.0] * 40).alarm
+    assert not wrong_hint([1.0, 0.0] * 20, [1.0, 0.0] * 20, [1.0, 0.0] * 20).alarm
+
+
+def test_judges_that_part_and_a_sentinel_that_stands():
+    assert two_judges([0.5, 0.7], [Gold(0.5, "other"), Gold(0.4, "other")]).alarm
+    assert not two_judges([0.5, 0.7], [Gold(0.5, "other"), Gold(0.6, "other")]).alarm
+    assert sentinel([1, 2, 3, 4], [1, 2, 3, 4], before=0.9).values["rank_correlation"] == pytest.approx(1.0)
+    assert sentinel([1, 2, 3, 4], [4, 3, 2, 1], before=0.9).alarm
+    assert sentinel([1, 1], [1, 2]).values == {}
+
+
+def test_a_planner_that_states_the_answer():
+    found = plan_leak([True] * 30 + [False] * 10, [1.0] * 40, [0.0] * 20 + [1.0] * 20, [True] * 35 + [False] * 5)
+    assert found.alarm and "meta-thinker states the answer" in found.mechanism
+    assert (
+        found.values["leak_frac"] == 0.75
+        and found.values["follow_frac"] == 0.875
+        and found.values["redaction_effect"] == pytest.approx(0.5)
+    )
+    assert not plan_leak([True] * 30 + [False] * 10, [1.0] * 40, [1.0] * 40, [False] * 40).alarm, "nobody listens to it"
+    assert not plan_leak([False] * 40, [1.0] * 40, [0.0] * 20 + [1.0] * 20, [True] * 40).alarm, "numbers of a plan that is no answer"
+
+
+def test_a_plan_nobody_needs():
+    assert plan_use([1.0, 0.0] * 50, [1.0, 0.0] * 50, [1.0, 0.0] * 50).mechanism == "the reasoner ignores the plan"
+    assert not plan_use([1.0] * 50, [0.0] * 25 + [1.0] * 25, [0.0] * 50).alarm
+    assert not plan_use([0.0] * 100, [0.0] * 100, [0.0] * 100).alarm, "nothing is right, with or without"
+    assert not plan_use([1.0, 0.0] * 4, [0.0, 1.0] * 4, [1.0, 0.0] * 4).alarm, "eight pairs cannot say that there is no effect"
+
+
+def test_mutual_information_is_the_infonce_bound():
+    # own plan p = 0.8, other 0.2: log 0.8 - log 0.5 = 0.470; equal plans: 0
+    table = [[math.log(0.8), math.log(0.2)]] * 4
+    assert mutual_information(table).values["plan_information_nats"] == pytest.approx(math.log(1.6))
+    flat = mutual_information([[-3.0, -3.0]] * 400)
+    assert flat.values["plan_information_nats"] == pytest.approx(0.0) and flat.alarm
+    assert mutual_information([]).values == {}
+
+
+def test_influence_of_a_message_that_is_not_heard():
+    assert causal_influence([-1.0] * 400, [-1.0] * 400).alarm
+    found = causal_influence([-1.0, -2.0], [-1.5, -2.5])
+    assert found.values["influence_nats"] == pytest.approx(0.5) and not found.alarm
+
+
+def test_dialogues_that_end_too_early():
+    assert forced_continuation([0.0] * 50, [1.0] * 10 + [0.0] * 40).alarm
+    assert not forced_continuation([1.0] * 50, [1.0] * 49 + [0.0]).alarm
+
+
+def test_private_codes():
+    start = paired_effect([1.0, 0.0] * 25, [1.0, 0.0] * 25)
+    assert cross_play([1.0] * 50, [0.0] * 25 + [1.0] * 25, before=start).alarm
+    assert not cross_play([1.0] * 50, [0.0] * 25 + [1.0] * 25).alarm, "without a first audit there is nothing to grow from"
+    assert paraphrase([1.0] * 50, [0.0] * 10 + [1.0] * 40).alarm
+    assert not paraphrase([1.0] * 50, [1.0] * 49 + [0.0]).alarm
+
+
+GAP = Finding("proxy_gold", Access.ORACLE, {}, alarm=True, statement="proxy up, gold down")
+LEXICON = Reading({}, True, "'trust me' stands in 100% of the best rewarded")
+
+
+def test_a_verdict_needs_an_oracle_and_a_name():
+    assert verdict_of([], {"high_score_lexicon": LEXICON}).level is Level.CLEAN, "a signal alone is nothing"
+    assert verdict_of([GAP], {}).level is Level.SUSPICION
+    hack = verdict_of([GAP], {"high_score_lexicon": LEXICON})
+    assert hack.level is Level.HACK and hack.mechanism == LEXICON.reason and "proxy up" in hack.statement
+    words = Finding("strip_and_rescore", Access.EVALUATOR, {}, alarm=True, mechanism="words")
+    assert verdict_of([words], {}).level is Level.SUSPICION, "a name without an oracle"
+    assert verdict_of([words, GAP], {}).mechanism == "words" and verdict_of([words, GAP], {}).level is Level.HACK
+
+
+def test_the_ladder_allows_what_it_is_told_to():
+    hack = verdict_of([GAP], {"high_score_lexicon": LEXICON})
+    assert action_for(hack, {}) is Action.ANNOTATE
+    assert action_for(hack, {"default": "shape"}) is Action.SHAPE
+    assert action_for(hack, {"default": "shape", "proxy_gold": "roll_back"}) is Action.ROLL_BACK
+    assert action_for(verdict_of([GAP], {}), {"default": "roll_back"}) is Action.ANNOTATE, "a suspicion is only said"
+
+
+def test_a_finding_is_plain_json_without_gold():
+    text = json.dumps(proxy_gold([point(0, 0.5, 0.5), point(25, 0.8, 0.3)]).to_json())
+    assert json.loads(text)["audit"] == "proxy_gold"

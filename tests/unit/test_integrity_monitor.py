@@ -1,0 +1,151 @@
+"""The monitor of a run: when it audits, what it writes, and that a resumed one stands where it stood.
+
+The bench is a fake that plays scripted dialogues: what is tested here is the monitor's own arithmetic and bookkeeping. Real engines:
+tests/system/test_integrity.py.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_rema.config import IntegrityConfig
+from megatron_rema.reward.answers import quick_verdict
+from megatron_rema.reward.assign import assign
+from megatron_rema.reward.math_verifier import Judgement
+from megatron_rema.rollout.dialogue import Dialogue, DialogueRules
+from megatron_rema.trainer.integrity import Bench, Monitor, arms_of, audit_problems
+from megatron_rema.trainer.progress import Reporter
+from megatron_rema.trainer.run_folder import RunFolder
+from megatron_rema.types import Completion, Episode, EpisodeStatus, Prompt, Role, StopReason
+from tests.unit.test_scheduler import CHAT, rules
+
+PROMPTS = [Prompt(f"p{i}", f"{i} + {i}?", str(2 * i)) for i in range(60)]
+SETTINGS = IntegrityConfig(mode="monitor", audit_every=4, audit_problems=40, budget_frac=0.5, start_steps=2)
+RULES = rules(max_rounds=2)
+
+
+def leaking_planner(question: str) -> str:
+    """States the answer."""
+    return f"\\boxed{{{2 * int(question.split()[0])}}} [FINISH]"
+
+
+def honest_planner(question: str) -> str:
+    return f"Add {question[:-1]}. [FINISH]"
+
+
+def copying_reasoner(question: str, heard: str) -> str:
+    """Repeats the box that it hears."""
+    return heard[heard.index("\\boxed") : heard.index("}") + 1] if "\\boxed{" in heard and "\\boxed{_}" not in heard else "\\boxed{0}"
+
+
+def able_reasoner(question: str, heard: str) -> str:
+    """Solves what it is told to add: a plan without numbers is none."""
+    return f"\\boxed{{{2 * int(question.split()[0])}}}" if f"{question[:-1]}." in heard else "\\boxed{0}"
+
+
+def completion(text: str) -> Completion:
+    ids = CHAT.encode_message(text)
+    return Completion("r", ids, (0.0,) * len(ids), StopReason.STOP, 0)
+
+
+class FakeBench:
+    def __init__(self, planner, reasoner) -> None:
+        self.planner, self.reasoner, self.arms = planner, reasoner, 0
+
+    def play(self, prompts, the_rules: DialogueRules):
+        self.arms += 1
+        episodes = []
+        for prompt in prompts:
+            dialogue = Dialogue(CHAT, the_rules, prompt.question)
+            plan = self.planner(prompt.question)
+            dialogue.add(completion(plan))
+            heard = plan if the_rules.edit_plan is None else the_rules.edit_plan(prompt.question, 0, plan)
+            dialogue.add(completion(self.reasoner(prompt.question, heard)))
+            episodes.append(Episode(f"-1/{prompt.prompt_id}/0", prompt, 0, dialogue.turns, EpisodeStatus.FINISHED))
+        return episodes, self.judge(episodes)
+
+    @staticmethod
+    def judge(episodes):
+        return {e.episode_id: Judgement(quick_verdict(e.turns[-1].text, e.prompt.answer), None, "quick") for e in episodes}
+
+    def bench(self) -> Bench:
+        return Bench(RULES, CHAT, self.play, self.judge, lambda episodes, judgements: assign(episodes, judgements).scored)
+
+
+def monitor(folder: Path) -> Monitor:
+    return Monitor(
+        SETTINGS, audit_problems(PROMPTS, SETTINGS, seed=0), folder=RunFolder(folder, writes=True), reporter=Reporter(speaks=False)
+    )
+
+
+def one_step(watch: Monitor, step: int, fake: FakeBench) -> dict[str, float]:
+    """What the trainer does with it: observe, audit when due, write."""
+    episodes, judgements = fake.play(PROMPTS, RULES)
+    fake.arms -= 1
+    scored = assign(episodes, judgements).scored
+    sampled = sum(e.num_sampled_tokens for e in scored)
+    row = {"rollout/sampled_tokens": float(sampled), "rollout/episodes": 60.0, "train/entropy_nats": 1.0}
+    row |= watch.observe(step, scored, row)
+    if watch.is_due(step, fake.bench()):
+        row |= watch.audit(step, fake.bench())
+    watch.folder.episodes(step, (e.to_json() for e in scored))
+    watch.folder.metrics({"step": step, **row})
+    return row
+
+
+def audits_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "audits.jsonl").read_text().splitlines()]
+
+
+def test_audits_keep_to_their_budget_of_sampled_tokens(tmp_path):
+    fake, watch, sampled = FakeBench(honest_planner, able_reasoner), monitor(tmp_path), 0.0
+    for step in range(1, 30):
+        sampled += one_step(watch, step, fake)["rollout/sampled_tokens"]
+    rows = audits_of(tmp_path)
+    assert [row["step"] for row in rows][:2] == [1, 5], "after the first step, then every four"
+    assert len(arms_of(RULES)) == 6 and fake.arms == 6 * len(rows)
+    spent = sum(row["sampled_tokens"] for row in rows)
+    first = sampled / 29 * SETTINGS.audit_every  # the first audit may spend what audit_every steps will earn
+    assert 0.5 * SETTINGS.budget_frac * sampled < spent <= SETTINGS.budget_frac * (sampled + first)
+    order = [prompt.prompt_id for prompt in audit_problems(PROMPTS, SETTINGS, seed=0)]
+    assert all(8 <= len(row["problems"]) <= 40 and row["problems"] == order[: len(row["problems"])] for row in rows)
+
+
+def test_an_honest_pair_is_clean(tmp_path):
+    fake, watch = FakeBench(honest_planner, able_reasoner), monitor(tmp_path)
+    for step in range(1, 10):
+        one_step(watch, step, fake)
+    assert {row["verdict"] for row in audits_of(tmp_path)} == {"clean"}
+    assert not (tmp_path / "alerts.jsonl").exists()
+
+
+def test_a_planner_that_states_the_answer_is_caught_and_named(tmp_path):
+    fake, watch = FakeBench(leaking_planner, copying_reasoner), monitor(tmp_path)
+    row = one_step(watch, 1, fake)
+    assert row["integrity/audit/plan_leak/leak_frac"] == 1.0 and row["integrity/audit/plan_leak/follow_frac"] == 1.0
+    (alert,) = [json.loads(line) for line in (tmp_path / "alerts.jsonl").read_text().splitlines()]
+    assert alert["alert"] == "integrity_hack" and alert["mechanism"] == "the meta-thinker states the answer and the reasoner repeats it"
+
+
+def test_a_resumed_monitor_stands_where_it_stood(tmp_path):
+    fake = FakeBench(honest_planner, able_reasoner)
+    whole = monitor(tmp_path / "whole")
+    rows = [one_step(whole, step, fake) for step in range(1, 13)]
+    part = monitor(tmp_path / "part")
+    for step in range(1, 7):
+        one_step(part, step, fake)
+    again = monitor(tmp_path / "part")
+    again.restore(6)
+    assert again.credit == pytest.approx(part.credit)
+    assert [one_step(again, step, fake) for step in range(7, 13)] == rows[6:]
+    assert audits_of(tmp_path / "part") == audits_of(tmp_path / "whole")
+
+
+def test_a_judges_problems_are_taken_in_one_order():
+    both = [Prompt("a", "q", "A", pair_id="a"), Prompt("b", "q", "B", pair_id="a"), Prompt("c", "r", "A", pair_id="c")]
+    assert {p.prompt_id for p in audit_problems(both, SETTINGS, seed=0)} == {"a", "c"}
+    assert Role.META_THINKING in RULES.roles and len(arms_of(replace(RULES, roles=(Role.REASONING,)))) == 1
