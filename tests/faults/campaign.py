@@ -303,7 +303,7 @@ def data_is_damaged(campaign: Campaign, case: Case, record: Record) -> None:
     record.detected_s = ended.seconds
     if ended.code != 2:
         record.wrong.append(f"exit codes {ended.codes}")
-    told(record, str(file), *([f":{len(lines)}"] if damage == "torn row" else []))
+    told(record, str(file), *([f"line {len(lines)}:"] if damage == "torn row" else []))
     file.write_bytes(content)
     campaign.continued(case, record, folder, expected, given)
     record.outcome = "refused, resumed with the whole file, bitwise"
