@@ -75,6 +75,16 @@ def test_the_collective_is_the_call_that_this_package_made_last():
     assert waits_in([]) == ("", "")
 
 
+def test_a_pipeline_stage_that_waits_for_its_neighbour_names_the_message():
+    stack = [
+        frame("/env/megatron_rema/parallel/pipeline.py", 145, "forward_backward"),
+        frame("/env/megatron/core/pipeline_parallel/schedules.py", 900, "forward_backward_pipelining"),
+        frame("/env/megatron/core/pipeline_parallel/p2p_communication.py", 500, "recv_forward"),
+        frame("/env/megatron/core/pipeline_parallel/p2p_communication.py", 350, "_communicate"),
+    ]
+    assert waits_in(stack) == ("recv_forward", "pipeline.py:145 forward_backward")
+
+
 ENDED = {"profiling_name": "nccl:all_reduce", "retired": True, "is_p2p": False, "collective_seq_id": 4, "p2p_seq_id": 0}
 OPEN = {"profiling_name": "nccl:recv", "retired": False, "is_p2p": True, "collective_seq_id": 4, "p2p_seq_id": 9}
 RECORDER = {"entries": [{**ENDED, "process_group": ["0", "data"]}, {**OPEN, "process_group": ["1", "pipeline"]}]}
