@@ -53,8 +53,8 @@ class Others:
 
 
 def waits_in(stack: Sequence[traceback.FrameSummary]) -> tuple[str, str]:
-    """(collective, where) of a stack, outermost first: the call of torch.distributed nearest to this package, or of megatron-core's messages
-    between pipeline stages, which wait on handles; and the package's innermost line."""
+    """(collective, where) of a stack, outermost first: the call of torch.distributed nearest to this package, or megatron-core's message
+    between pipeline stages, which waits on a handle; and the package's innermost line."""
     ours = [place for place, frame in enumerate(stack) if "/megatron_rema/" in frame.filename]
     inner = stack[ours[-1] + 1 :] if ours else stack
     calls = [frame.name for frame in inner if frame.filename.endswith(_CALLS)]
