@@ -223,7 +223,7 @@ def test_a_rank_whose_work_is_done_keeps_nobody_from_being_named(tmp_path, capfd
 def test_time_in_which_the_whole_process_was_stopped_does_not_count(tmp_path):
     dog = Watchdog(dist.HashStore(), 0, 1, limit_s=100.0, folder=tmp_path, pulse=Pulse())
     now = time.monotonic()
-    dog._pulse.beat_at, dog._ticked_at = now - 90, now - 1  # waiting, and awake
+    dog._awake_at, dog._pulse.beat_at, dog._ticked_at = now - 95, now - 90, now - 1  # waiting, and awake
     assert dog._idle() >= 90
     dog._ticked_at = now - 80  # its threads have not run either
     assert dog._idle() < 50 and dog._awake_at >= now
