@@ -20,11 +20,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
 from megatron_rema.config import LayoutConfig, ParallelConfig
+from megatron_rema.planning.advice import advice, explain_why
 from megatron_rema.planning.batch import BatchShape
 from megatron_rema.planning.hardware import GIB, GPUS, WHERE, Assumptions, Cluster, with_settings
 from megatron_rema.planning.job import PHASES, Agent, EngineShape, Job
 from megatron_rema.planning.memory import total
-from megatron_rema.planning.search import Plan, advice, explain_why, price, search, with_label
+from megatron_rema.planning.search import Plan, price, search, with_label
 from megatron_rema.planning.shapes import BUILT_IN, architecture
 
 

@@ -11,6 +11,8 @@ from typing import Any
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
 NAMED = 16  # ranks in a list; the others are counted
 
+_CALLS = ("torch/distributed/distributed_c10d.py", "megatron/core/pipeline_parallel/p2p_communication.py")
+
 
 @dataclass(frozen=True)
 class Statement:
@@ -51,11 +53,11 @@ class Others:
 
 
 def waits_in(stack: Sequence[traceback.FrameSummary]) -> tuple[str, str]:
-    """(collective, where) of a stack, outermost first: the call of torch.distributed nearest to this package, and the package's innermost
-    line."""
+    """(collective, where) of a stack, outermost first: the call of torch.distributed nearest to this package, or megatron-core's message
+    between pipeline stages, which waits on a handle; and the package's innermost line."""
     ours = [place for place, frame in enumerate(stack) if "/megatron_rema/" in frame.filename]
     inner = stack[ours[-1] + 1 :] if ours else stack
-    calls = [frame.name for frame in inner if frame.filename.endswith("torch/distributed/distributed_c10d.py")]
+    calls = [frame.name for frame in inner if frame.filename.endswith(_CALLS)]
     where = f"{Path(stack[ours[-1]].filename).name}:{stack[ours[-1]].lineno} {stack[ours[-1]].name}" if ours else ""
     return next(iter(calls), ""), where
 

@@ -76,7 +76,7 @@ class Watchdog:
         self._others, self._idle_s = Others(), dict.fromkeys(range(world), 0.0)
         self._words: dict[int, dict[str, Any]] = {}
         self._stopped = threading.Event()
-        self._heard_at = time.monotonic()  # the store answered
+        self._heard_at = self._ticked_at = self._awake_at = time.monotonic()  # the store answered; see _idle
         self._threads = [threading.Thread(target=work, name="watchdog", daemon=True) for work in (self._talk, self._keep_watch)]
 
     def start(self) -> None:
@@ -106,16 +106,26 @@ class Watchdog:
 
     def _keep_watch(self) -> None:
         while not self._stopped.wait(self._interval_s):
-            now = time.monotonic()
-            if now - self._pulse.beat_at >= self._limit_s and now - self._heard_at >= self._limit_s / 2 + ANSWER_S:
-                unheard = f"the launcher's store has not answered for {now - self._heard_at:.1f} s: each rank reports alone"
+            idle_s = self._idle()
+            self._ticked_at = time.monotonic()
+            unheard_s = self._ticked_at - max(self._heard_at, self._awake_at)
+            if idle_s >= self._limit_s and unheard_s >= self._limit_s / 2 + ANSWER_S:
+                unheard = f"the launcher's store has not answered for {unheard_s:.1f} s: each rank reports alone"
                 self._report([self._testify()], {}, name=f"hang_rank_{self._rank}.json", note=unheard)
                 self._end()
+
+    def _idle(self) -> float:
+        """Seconds in which this rank could have got on and did not. The thread that keeps watch waits for nobody: where it did not come
+        round, the whole process was stopped (a suspended job, a paused machine), and what was before counts no more."""
+        now = time.monotonic()
+        if now - self._ticked_at > self._limit_s / 2:
+            self._awake_at, self._others = now, Others()
+        return now - max(self._pulse.beat_at, self._awake_at)
 
     def _round(self) -> None:
         self._publish()
         if not self._store.check(["alarm"]):
-            if time.monotonic() - self._pulse.beat_at < self._limit_s / 10:
+            if self._idle() < self._limit_s / 10:
                 return  # the usual case
             self._look()
             if min(self._idle_s.values()) < self._limit_s:
@@ -125,8 +135,7 @@ class Watchdog:
 
     def _publish(self, *, has_left: bool = False) -> None:
         pulse = self._pulse
-        idle_s = time.monotonic() - pulse.beat_at
-        word = {"beats": pulse.beats, "idle_s": idle_s, "place": pulse.place, "step": pulse.step, "has_left": has_left}
+        word = {"beats": pulse.beats, "idle_s": self._idle(), "place": pulse.place, "step": pulse.step, "has_left": has_left}
         word |= {"host": self._host, "pid": os.getpid()}
         self._store.set(f"pulse/{self._rank}", json.dumps(word))
 

@@ -167,6 +167,7 @@ def test_the_rank_that_is_stopped_is_named_with_its_phase_and_the_job_ends(task,
         assert job.process.returncode != 0 and f"exitcode  : {EXIT_CODE}" in said, said[-4000:]
         assert len(job.reports()) == 2, "one report a hang, not one a rank"
         if first[1] > 1:
-            assert f"resumed at step {first[1] - 1}" in said and [row["step"] for row in rows(run / "metrics.jsonl")] == [1, 2]
+            steps = [row["step"] for row in rows(run / "metrics.jsonl")]
+            assert f"resumed at step {first[1] - 1}" in said and steps[: second[1] - 1] == list(range(1, second[1]))
     finally:
         job.end()

@@ -153,6 +153,7 @@ def test_a_sweep_of_six_jobs_is_killed_in_the_middle_continues_and_ends_with_its
     assert (folder / "comparison.png").stat().st_size > 10_000 and (folder / "comparison.svg").read_text().count("2 seeds") >= 1
 
 
+@pytest.mark.timeout(900)
 def test_a_sweep_that_is_stopped_leaves_nothing_running_and_a_job_that_fails_does_not_stop_the_next(tmp_path):
     task = [override for override in save_tiny_task(tmp_path / "task") if not override.startswith("model.path=")]
     folder = tmp_path / "sweep"

@@ -44,6 +44,7 @@ for file in "$SPOOL"/*.state; do echo "$(basename "$file" .state)|$(cat "$file")
 }
 
 
+@pytest.mark.timeout(900)  # of a busy machine
 def test_jobs_are_handed_to_slurm_and_the_one_that_fails_is_named(tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
     (tmp_path / "spool").mkdir()

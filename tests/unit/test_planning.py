@@ -14,12 +14,13 @@ import pytest
 
 from megatron_rema.architecture import Architecture
 from megatron_rema.config import ConfigError, LayoutConfig, ParallelConfig
+from megatron_rema.planning.advice import advice, explain_why
 from megatron_rema.planning.batch import BatchShape
 from megatron_rema.planning.explain import everything, settings
 from megatron_rema.planning.hardware import CPU, GIB, GPUS, WHERE, Assumptions, Cluster, Runtime, with_settings
 from megatron_rema.planning.job import Agent, EngineShape, Job, host_memory, kv_bytes_per_token, phase_memory
 from megatron_rema.planning.memory import Work, activations, in_flight, layer_bytes, optimizer_state, scoring, total, updating, weights
-from megatron_rema.planning.search import advice, explain_why, price, search, with_label
+from megatron_rema.planning.search import price, search, with_label
 from megatron_rema.planning.shapes import BUILT_IN, Shard, architecture, whole_parameters
 from megatron_rema.planning.timing import Speeds, step_seconds, update_seconds
 
@@ -392,7 +393,7 @@ def test_bad_words_end_with_one_message_and_exit_code_2(plan_layout, words, mess
 
 
 def test_planning_leaves_torch_out():
-    code = "import sys, megatron_rema.planning.search; print([m for m in ('torch', 'transformers', 'megatron') if m in sys.modules])"
+    code = "import sys, megatron_rema.planning.advice; print([m for m in ('torch', 'transformers', 'megatron') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

@@ -75,6 +75,16 @@ def test_the_collective_is_the_call_that_this_package_made_last():
     assert waits_in([]) == ("", "")
 
 
+def test_a_pipeline_stage_that_waits_for_its_neighbour_names_the_message():
+    stack = [
+        frame("/env/megatron_rema/parallel/pipeline.py", 145, "forward_backward"),
+        frame("/env/megatron/core/pipeline_parallel/schedules.py", 900, "forward_backward_pipelining"),
+        frame("/env/megatron/core/pipeline_parallel/p2p_communication.py", 500, "recv_forward"),
+        frame("/env/megatron/core/pipeline_parallel/p2p_communication.py", 350, "_communicate"),
+    ]
+    assert waits_in(stack) == ("recv_forward", "pipeline.py:145 forward_backward")
+
+
 ENDED = {"profiling_name": "nccl:all_reduce", "retired": True, "is_p2p": False, "collective_seq_id": 4, "p2p_seq_id": 0}
 OPEN = {"profiling_name": "nccl:recv", "retired": False, "is_p2p": True, "collective_seq_id": 4, "p2p_seq_id": 9}
 RECORDER = {"entries": [{**ENDED, "process_group": ["0", "data"]}, {**OPEN, "process_group": ["1", "pipeline"]}]}
@@ -208,6 +218,15 @@ def test_a_rank_whose_work_is_done_keeps_nobody_from_being_named(tmp_path, capfd
     said = capfd.readouterr().err
     assert world.exits == {1: EXIT_CODE} and "rank 0: had ended" in said.replace(f" ({os.uname().nodename})", "")
     assert list(tmp_path.iterdir()) == [], "a report alone in a run folder would look like another run's to a restart"
+
+
+def test_time_in_which_the_whole_process_was_stopped_does_not_count(tmp_path):
+    dog = Watchdog(dist.HashStore(), 0, 1, limit_s=100.0, folder=tmp_path, pulse=Pulse())
+    now = time.monotonic()
+    dog._awake_at, dog._pulse.beat_at, dog._ticked_at = now - 95, now - 90, now - 1  # waiting, and awake
+    assert dog._idle() >= 90
+    dog._ticked_at = now - 80  # its threads have not run either
+    assert dog._idle() < 50 and dog._awake_at >= now
 
 
 def _serve_store(pipe) -> None:
