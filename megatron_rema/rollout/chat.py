@@ -78,6 +78,7 @@ class ChatFormat:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            tokenizer.decode(tokenizer.encode("a", add_special_tokens=False))  # some settings are first read when it is used
         except Exception as error:  # of tokenizers: it raises no narrower class; and a damaged file fails anywhere in transformers
             said = brief(" ".join(str(error).split()), 300)
             raise ValueError(

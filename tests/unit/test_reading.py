@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from rich.console import Console
 from torch.distributed.checkpoint import FileSystemWriter, save
 from torch.distributed.checkpoint.metadata import Metadata
@@ -122,6 +123,13 @@ def test_a_dialogue_that_no_protocol_plays_is_named_by_file_and_line(tmp_path, k
 def test_a_number_that_is_none_is_refused_by_its_key(override):
     with pytest.raises(ConfigError, match=override.split("=")[0].replace(".", r"\.")):
         load(composed_from(["model.path=x", override]))
+
+
+def test_a_key_of_white_space_can_be_seen():
+    tree = OmegaConf.to_container(composed_from(["model.path=x"]))
+    tree["task"]["\t"] = 1
+    with pytest.raises(ConfigError, match=r"task\.'\\t' is 1; there is no such key"):
+        load(OmegaConf.create(tree))
 
 
 def test_an_override_without_a_key_is_a_message():
@@ -239,6 +247,13 @@ def test_an_index_that_names_no_files_beside_it_is_refused(model, index):
 @pytest.mark.parametrize("content", ["{", "[]", '{"model": {"type": "BPE"}}'])
 def test_a_damaged_tokenizer_is_named_by_its_folder(model, content):
     (model / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=r"the tokenizer of .*model cannot be read"):
+        ChatFormat.from_pretrained(str(model))
+
+
+def test_a_setting_of_a_tokenizer_that_is_none_is_named_by_its_folder(model):
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": []}))
     with pytest.raises(ValueError, match=r"the tokenizer of .*model cannot be read"):
         ChatFormat.from_pretrained(str(model))
 
