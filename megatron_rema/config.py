@@ -358,7 +358,7 @@ def _check_texts(tree: Any, key: str = "") -> None:
 
 
 def _explain(detail: Any) -> str:
-    key = ".".join(str(part) for part in detail["loc"])
+    key = ".".join(str(part) if str(part).isprintable() and str(part).split() == [str(part)] else brief(part) for part in detail["loc"])
     if detail["type"] == "unexpected_keyword_argument":
         return f"{key} is {brief(detail['input'])}; there is no such key: see --help for the keys, or remove it."
     return f"{key} is {brief(detail['input'])}; {detail['msg'][0].lower()}{detail['msg'][1:]}."

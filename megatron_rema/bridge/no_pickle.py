@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint import default_planner, filesystem
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 from megatron_rema.parallel.platform import View
 
@@ -50,9 +50,36 @@ def read_plan(file: IO[bytes]) -> Any:
         plan = _Plan(file).load()
     except _NO_PLAN as error:
         raise ValueError(f"a checkpoint's .metadata is damaged ({type(error).__name__}): copy the checkpoint again.") from None
-    if not isinstance(plan, Metadata):
-        raise ValueError(f"a checkpoint's .metadata holds {type(plan).__name__}, not the plan of tensors: copy the checkpoint again.")
+    try:
+        whole = isinstance(plan, Metadata) and _is_whole(plan)
+    except (AttributeError, TypeError):  # what an object lacks that was cut short
+        whole = False
+    if not whole:
+        raise ValueError("a checkpoint's .metadata is damaged (it holds no whole plan of tensors): copy the checkpoint again.")
     return plan
+
+
+def _is_whole(plan: Metadata) -> bool:
+    """Every part of a plan is there and of its type."""
+
+    def numbers(*parts: Any) -> bool:
+        return all(isinstance(part, tuple) and all(type(n) is int and 0 <= n < 2**63 for n in part) for part in parts)
+
+    for key, entry in plan.state_dict_metadata.items():
+        if isinstance(entry, BytesStorageMetadata) and isinstance(key, str):
+            continue
+        if not (isinstance(key, str) and isinstance(entry, TensorStorageMetadata) and isinstance(entry.properties.dtype, torch.dtype)):
+            return False
+        shapes = [part for chunk in entry.chunks for part in (chunk.offsets, chunk.sizes)]
+        if not numbers(entry.size, *shapes) or any(len(shape) != len(entry.size) for shape in shapes):
+            return False
+    return all(
+        isinstance(index.fqn, str)
+        and (index.offset is None or numbers(index.offset))
+        and isinstance(info.relative_path, str)
+        and numbers((info.offset, info.length))
+        for index, info in plan.storage_data.items()
+    )
 
 
 class _Plan(pickle.Unpickler):

@@ -119,12 +119,20 @@ class TrainingCheckpoint:
         for chunk in stored.chunks:
             offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
             if stacked:
-                assert sizes[0] == 1, f"{key}: a piece of {sizes[0]} layers"
+                if sizes[0] != 1:
+                    raise ValueError(f"{self.path}/.metadata: {key} has a piece of {sizes[0]} layers: copy the checkpoint again.")
                 if offsets[0] != layer:
                     continue
             piece = self._read(key, offsets)
+            if tuple(piece.shape) != sizes or piece.dtype != whole.dtype:
+                raise ValueError(
+                    f"{self.path}: the piece of {key} at {offsets} is {piece.dtype} {tuple(piece.shape)}; .metadata says {whole.dtype} "
+                    f"{sizes}: copy the checkpoint again."
+                )
             if stacked:
                 piece, offsets, sizes = piece.reshape(sizes[1:]), offsets[1:], sizes[1:]
+            if any(start + size > end for start, size, end in zip(offsets, sizes, whole.shape, strict=True)):
+                raise ValueError(f"{self.path}/.metadata: a piece of {key} lies outside of it: copy the checkpoint again.")
             whole[tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))] = piece
             filled += piece.numel()
         if filled != whole.numel():
@@ -132,7 +140,9 @@ class TrainingCheckpoint:
         return to_hf([whole], entry, self.arch)
 
     def _read(self, key: str, offsets: tuple[int, ...]) -> Tensor:
-        info = self._storage[key, offsets]
+        info = self._storage.get((key, offsets))
+        if info is None:
+            raise ValueError(f"{self.path}/.metadata names no file for {key} at {offsets}: copy the checkpoint again.")
         file = self.path / info.relative_path
         try:
             with file.open("rb") as stream:

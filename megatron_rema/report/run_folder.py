@@ -152,7 +152,7 @@ def read_rows(file: Path, *, required: tuple[str, ...]) -> list[Row]:
             if key != "set" and not _is_number(row[key]):
                 raise ValueError(f"{file}, line {number}: {key!r} is {brief(row[key])}; it must be a number.")
         for key, (is_right, rule) in _OPTIONAL.items():
-            if required and row.get(key) is not None and not is_right(row[key]):
+            if required and key in row and not is_right(row[key]):
                 raise ValueError(f"{file}, line {number}: {key!r} is {brief(row[key])}; it must be {rule}: repair or remove the line.")
         rows.append(row)
     return rows
@@ -190,17 +190,19 @@ def _is_number(value: Any) -> bool:
 
 
 def _numbers(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_number, value.values()))
+    """Of an object, or nothing in its place."""
+    return value is None or (isinstance(value, dict) and all(map(_is_number, value.values())))
 
 
 def _estimates(value: Any) -> bool:
-    found = [value.get(name) for name in FIGURES.values()] if isinstance(value, dict) else [0]
+    found = [value.get(name) for name in FIGURES.values()] if isinstance(value, dict) else [value]
     return all(one is None or (_numbers(one) and {"mean", "low", "high"} <= one.keys()) for one in found)
 
 
 # What rows of metrics and evaluations may hold, and what it must be then.
 _OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("low", "high", "temperature"), (_is_number, "a number")),
+    **dict.fromkeys(("low", "high"), (_is_number, "a number")),
+    "temperature": (lambda value: value is None or _is_number(value), "a number"),
     "level_accuracy": (_numbers, "an object of numbers"),
     "judging": (_estimates, "an object of estimates, each with mean, low and high"),
 }

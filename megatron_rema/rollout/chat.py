@@ -11,9 +11,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jinja2.exceptions import TemplateError
+
 from megatron_rema.reading import brief
 
 SYSTEM, USER, ASSISTANT, NEXT_USER = "PLACEHOLDERSYSTEM", "PLACEHOLDERUSER", "PLACEHOLDERASSISTANT", "PLACEHOLDERNEXT"
+# A template is a program of the model's folder: its syntax errors, and what its expressions may raise.
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
 
 
 class ChatFormat:
@@ -34,11 +38,17 @@ class ChatFormat:
             )
         self.tokenizer = tokenizer
         self._template_kwargs = dict(template_kwargs or {})
-        self.has_system_role = self._probe_system_role()
-        system = [{"role": "system", "content": SYSTEM}] if self.has_system_role else []
         user = {"role": "user", "content": USER}
         later = [{"role": "assistant", "content": ASSISTANT}, {"role": "user", "content": NEXT_USER}]
-        with_system, bare, chat = self._render([*system, user]), self._render([user]), self._render([*system, user, *later])
+        try:
+            self.has_system_role = self._probe_system_role()
+            system = [{"role": "system", "content": SYSTEM}] if self.has_system_role else []
+            with_system, bare, chat = self._render([*system, user]), self._render([user]), self._render([*system, user, *later])
+        except _TEMPLATE_ERRORS as error:
+            raise ValueError(
+                f"the chat_template of {tokenizer.name_or_path!r} cannot be rendered ({type(error).__name__}: {brief(str(error), 300)}): "
+                "correct chat_template.jinja (or tokenizer_config.json) in the model's folder."
+            ) from error
         if with_system.count(USER) != 1 or bare.count(USER) != 1 or chat.count(ASSISTANT) != 1 or chat.count(NEXT_USER) != 1:
             raise ValueError(
                 f"the chat_template of {tokenizer.name_or_path!r} does not print every user and assistant message exactly once: "
@@ -68,6 +78,7 @@ class ChatFormat:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            tokenizer.decode(tokenizer.encode("a", add_special_tokens=False))  # some settings are first read when it is used
         except Exception as error:  # of tokenizers: it raises no narrower class; and a damaged file fails anywhere in transformers
             said = brief(" ".join(str(error).split()), 300)
             raise ValueError(
@@ -117,11 +128,9 @@ class ChatFormat:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self._template_kwargs)
 
     def _probe_system_role(self) -> bool:
-        from jinja2.exceptions import TemplateError  # what a template's raise_exception raises
-
         try:
             text = self._render([{"role": "system", "content": SYSTEM}, {"role": "user", "content": USER}])
-        except TemplateError:
+        except TemplateError:  # what a template's raise_exception raises
             return False
         return text.count(SYSTEM) == 1
 

@@ -64,7 +64,7 @@ class RunFolder:
             file = self.path / name
             if file.exists():
                 partial = file.with_suffix(".partial")
-                partial.write_text("".join(line for line in file.read_text().splitlines(keepends=True) if _step_of(line) <= step))
+                partial.write_text("".join(f"{line}\n" for line in file.read_text().splitlines() if _step_of(line) <= step))
                 partial.replace(file)
         for file in (self.path / "episodes").glob("step_*.jsonl"):
             if int(file.stem.removeprefix("step_")) > step:

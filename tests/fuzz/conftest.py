@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.fuzz import harness
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Thousands of inputs take longer than a test may."""
+    for item in items:
+        if harness.TOTAL and item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.timeout(7200))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

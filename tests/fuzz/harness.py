@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
 from hypothesis import HealthCheck, settings
 
 TOTAL = int(os.environ.get("MEGATRON_REMA_FUZZ", "0"))
@@ -29,15 +28,13 @@ class TookTooLong(BaseException):
 
 def fuzzed(*, ci: int, share: float) -> Callable:
     """Run a test over ``ci`` inputs, or over ``share`` of MEGATRON_REMA_FUZZ."""
-    chosen = settings(
+    return settings(
         max_examples=max(1, round(share * TOTAL)) if TOTAL else ci,
         derandomize=not TOTAL,
         database=None,
         deadline=None,  # of wall time, which tells nothing on a busy machine
         suppress_health_check=list(HealthCheck),
     )
-    patience = pytest.mark.timeout(7200 if TOTAL else 300)
-    return lambda test: patience(chosen(test))
 
 
 @contextmanager

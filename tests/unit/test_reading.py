@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from rich.console import Console
 from torch.distributed.checkpoint import FileSystemWriter, save
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_rema.architecture import Architecture
 from megatron_rema.bridge.folder import CheckpointReader
@@ -28,6 +30,7 @@ from megatron_rema.rollout.dialogue import DialogueRules
 from megatron_rema.rollout.repair import _without_marker, sentences
 from megatron_rema.rollout.traces import traces_of_dialogue
 from megatron_rema.trainer import manifest, restart, state
+from megatron_rema.trainer.run_folder import RunFolder
 from megatron_rema.trainer.score_file import Scored, read_rows, table
 from tests.tiny_models import save_tiny_model
 from tests.unit.test_security import Bomb
@@ -122,6 +125,13 @@ def test_a_number_that_is_none_is_refused_by_its_key(override):
         load(composed_from(["model.path=x", override]))
 
 
+def test_a_key_of_white_space_can_be_seen():
+    tree = OmegaConf.to_container(composed_from(["model.path=x"]))
+    tree["task"]["\t"] = 1
+    with pytest.raises(ConfigError, match=r"task\.'\\t' is 1; there is no such key"):
+        load(OmegaConf.create(tree))
+
+
 def test_an_override_without_a_key_is_a_message():
     with pytest.raises(ConfigError, match="See --help"):
         composed_from(["=1"])
@@ -129,7 +139,7 @@ def test_an_override_without_a_key_is_a_message():
 
 def test_half_a_character_in_a_setting_is_named_by_its_key():
     with pytest.raises(ConfigError, match=r"task\.name is 'x\\udcff'; it must be valid Unicode"):
-        load(composed_from(["model.path=x", "task.name=x\udcff"]))
+        load(composed_from(["model.path=x", "task.name='x\udcff'"]))
 
 
 def test_a_name_that_no_file_can_have_is_a_message(tmp_path):
@@ -241,6 +251,19 @@ def test_a_damaged_tokenizer_is_named_by_its_folder(model, content):
         ChatFormat.from_pretrained(str(model))
 
 
+def test_a_setting_of_a_tokenizer_that_is_none_is_named_by_its_folder(model):
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": []}))
+    with pytest.raises(ValueError, match=r"the tokenizer of .*model cannot be read"):
+        ChatFormat.from_pretrained(str(model))
+
+
+def test_a_chat_template_that_is_no_template_is_named_by_its_folder(model):
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}")
+    with pytest.raises(ValueError, match=r"the chat_template of .*model' cannot be rendered"):
+        ChatFormat.from_pretrained(str(model))
+
+
 def test_listing_a_checkpoint_runs_nothing_that_is_written_in_it(tmp_path):
     (tmp_path / "policy").mkdir()
     (tmp_path / "state.json").write_text('{"architectures": {"policy": {}}}')
@@ -250,7 +273,12 @@ def test_listing_a_checkpoint_runs_nothing_that_is_written_in_it(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize("damage", [b"", b"garbage", b"\x80\x04.", pickle.dumps([1, 2])])
+HALF = Metadata.__new__(Metadata)  # as pickle makes it of a plan that lost a name
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"garbage", b"\x80\x04.", pickle.dumps([1, 2]), pickle.dumps(HALF), pickle.dumps(Metadata({"a": 1}))]
+)
 def test_a_damaged_plan_of_a_checkpoint_is_named(tmp_path, damage):
     import torch
 
@@ -285,7 +313,14 @@ METRICS, EVALUATION = {"step": 1, "reward/mean": 0.5}, {"step": 1, "set": "s", "
 
 @pytest.mark.parametrize(
     "found",
-    [{"low": "x", "high": 1}, {"level_accuracy": [1]}, {"level_accuracy": {"1": "x"}}, {"judging": {"strict": 5}}, {"accuracy": 10**400}],
+    [
+        {"low": "x", "high": 1},
+        {"low": None, "high": None},
+        {"level_accuracy": [1]},
+        {"level_accuracy": {"1": "x"}},
+        {"judging": {"strict": 5}},
+        {"accuracy": 10**400},
+    ],
 )
 def test_an_evaluation_of_strange_values_is_named_by_line_and_key(tmp_path, found):
     write(tmp_path / "evaluations.jsonl", EVALUATION, {**EVALUATION, **found})
@@ -308,6 +343,14 @@ def test_an_episode_of_strange_values_is_named_by_line_and_key(tmp_path):
     write(tmp_path / "episodes" / "step_000001.jsonl", row)
     with pytest.raises(ValueError, match=r"step_000001\.jsonl, line 1: not an episode \(prompt\.question is 7"):
         read_run(tmp_path).episodes(1)
+
+
+def test_a_row_that_lost_its_line_end_is_not_run_into_the_next(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')  # killed between the row and its line end
+    folder = RunFolder(tmp_path, writes=True)
+    folder.cut_after(2)
+    folder.metrics({"step": 3})
+    assert [row["step"] for row in folder.read("metrics.jsonl")] == [1, 2, 3]
 
 
 def test_half_a_character_does_not_cost_the_page(tmp_path):
