@@ -3,8 +3,8 @@
 Each fault befalls the same running job in the middle of a step. The job goes on, or says within a stated time who is missing and goes on
 once both hosts are there; in the end its metrics are those of the uninterrupted run, bit by bit.
 
-By default 4 steps, one rank a host and one host that is killed; MEGATRON_REMA_TWO_HOSTS=all: two ranks a host, 20 steps and every fault
-(docs/operations.md has the table); any other word: the faults in whose names it is, in 4 steps.
+By default 4 steps of the tiny task, one rank a host and one host that is killed; MEGATRON_REMA_TWO_HOSTS=all: two ranks a host, 20 steps of
+the quickstart's task and every fault (docs/operations.md has the table); any other word: the faults in whose names it is, in 4 steps.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import psutil
 import pytest
 
+from megatron_rema.tasks.arith import write_task
 from tests.system.test_launch import computed, outcome, start
 from tests.system.test_training import run
 from tests.system.two_hosts import NAMES, Job, network
@@ -138,13 +140,20 @@ FAULTS = [
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory) -> list[str]:
-    """The 20 steps begin with a model that knows the dialogue."""
+    """4 steps: the tiny task. 20 steps: the quickstart's arith, with a model that knows the dialogue."""
     folder = tmp_path_factory.mktemp("task")
-    task = save_tiny_task(folder)
-    if EVERY:
-        run("sft", 1, *task, f"run_dir={folder}/sft", "trainer.steps=40", "trainer.global_batch_dialogues=36", "optimizer.lr=0.002")
-        task = [*(o for o in task if not o.startswith("model.path=")), f"model.path={folder}/sft/hf/shared"]
-    return [*task, *SETTINGS]
+    return [*(arith(folder) if EVERY else save_tiny_task(folder)), *SETTINGS]
+
+
+def arith(folder: Path) -> list[str]:
+    data = folder / "arith"
+    write_task(data, num_train=400, num_heldout=20, num_ood=20, num_dialogues=4000, num_pairs=10, num_heldout_pairs=10)
+    files = {"train_file": "train", "evaluation_files.heldout": "heldout", "evaluation_files.ood": "ood", "cold_start_file": "cold_start"}
+    task = ["task=arith", *(f"task.{key}={data}/{name}.jsonl" for key, name in files.items())]
+    cold_start = ["experiment=quickstart_cold_start", "trainer.steps=300", "trainer.checkpoint_every=0", f"model.path={data}/model"]
+    run("sft", 1, *cold_start, *task, f"run_dir={folder}/sft")
+    shape = ["rollout=arith", "rollout.prompts_per_step=8", "rollout.episodes_per_prompt=4", "trainer.microbatch_tokens=2048"]
+    return [*task, f"model.path={folder}/sft/hf/shared", *shape, "trainer.evaluation_samples=1"]
 
 
 def live_through(fault: Fault, job: Job, rng: random.Random) -> str:
