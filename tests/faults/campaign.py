@@ -131,7 +131,7 @@ class Campaign:
 
     def ended(self, record: Record, ended: Ended) -> Ended:
         record.codes, record.detected_s = ended.codes, ended.detected_s
-        record.said = "; ".join(line for line in ended.output.splitlines() if line.startswith("error: "))[:500]
+        record.said = "; ".join(line for line in ended.output.splitlines() if line.startswith("error: "))[:2000]
         if ended.hung:
             record.wrong.append(f"ranks {ended.hung} hung")
         return ended
