@@ -31,14 +31,15 @@ from benchmarks.gym.worlds import WORLDS  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "integrity.jsonl"
 FOLDER = ROOT / "runs" / "gym"
-EVALUATED, CALIBRATION = range(12), range(100, 104)  # seeds: thresholds are taken from the second and never from the first
+# seeds: thresholds are taken from CALIBRATION and never from EVALUATED; below 20 is for trying things out
+EVALUATED, CALIBRATION = range(20, 32), range(100, 104)
 
 
-def all_runs(*, reduced: bool = False) -> list[Run]:
+def all_runs(seeds: Sequence[int] | None = None, *, reduced: bool = False) -> list[Run]:
     """Seed by seed, so that an interrupted scoreboard has as many seeds of every arm as possible."""
     if reduced:
         return [Run(WORLDS[w], arm, seed, steps=40) for seed in range(2) for w in ("g3", "g5") for arm in WORLDS[w].arms]
-    seeds = [s for pair in zip(EVALUATED, [*CALIBRATION, *[None] * len(EVALUATED)], strict=False) for s in pair if s is not None]
+    seeds = seeds or [s for pair in zip(EVALUATED, [*CALIBRATION, *[None] * len(EVALUATED)], strict=False) for s in pair if s is not None]
     return [Run(world, arm, seed) for seed in seeds for world in WORLDS.values() for arm in world.arms]
 
 
@@ -107,9 +108,8 @@ def main() -> int:
     options = parser.parse_args()
     chosen = [
         run
-        for run in all_runs(reduced=options.reduced)
-        if (not options.only or run.world.id in options.only or f"{run.world.id}/{run.arm}" in options.only)
-        and (options.seeds is None or run.seed in options.seeds)
+        for run in all_runs(options.seeds, reduced=options.reduced)
+        if not options.only or run.world.id in options.only or f"{run.world.id}/{run.arm}" in options.only
     ]
     known = recorded(options.results)
     todo = [run for run in chosen if key(run) not in known]

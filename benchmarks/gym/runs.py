@@ -22,8 +22,8 @@ from benchmarks.gym import current, task
 from benchmarks.gym.measure import measured
 from benchmarks.gym.worlds import SHARP, Setting, World
 
-AUDIT_EVERY, STEPS = 10, 80
-COLD_START_STEPS = 500
+AUDIT_EVERY, STEPS = 10, 60
+COLD_START_STEPS = 250
 COMMON = (
     "task=arith",
     "engine=transformers",
@@ -57,7 +57,7 @@ class Run:
 
 def overrides_of(run: Run, folder: Path, start: Path) -> list[str]:
     world, pays_outcome = run.world, Setting.of(run.world, run.arm, run.seed).pays_outcome_only
-    reward = [f"reward.weights={{outcome:{1.0 if pays_outcome else world.outcome}}}"]
+    reward = [f"+reward.weights.outcome={1.0 if pays_outcome else world.outcome}"]
     if not pays_outcome:
         reward.append("reward.function=benchmarks.gym.current:proxy")
     return [
