@@ -66,7 +66,8 @@ class Monitor:
         self.oracle = oracle_of(settings.oracle)
         self.credit = 0.0  # tokens that audits may still sample
         self.readings: dict[str, Reading] = {}
-        self.reasons: list[str] = []  # of signals that fired since the last audit
+        self.reasons: list[str] = []  # of signals that began to fire since the last audit
+        self._firing: set[str] = set()  # signals that fired in the last step: one that goes on firing asks for no further audit
         self._start = Observation(0, [])
         self._metrics: list[dict[str, float]] = []  # of earlier steps
         self._outcomes: list[dict[str, Any]] = []  # rows of audits.jsonl, oldest first
@@ -87,7 +88,9 @@ class Monitor:
         self.readings = {signal.name: signal.measure(now, past) for signal in SIGNALS}
         values = {f"integrity/{key}": value for reading in self.readings.values() for key, value in reading.values.items()}
         fired = {name: reading.reason for name, reading in self.readings.items() if reading.fires}
-        self.reasons += [f"{name}: {reason}" for name, reason in fired.items()]
+        self.reasons += [f"{name}: {reason}" for name, reason in fired.items() if name not in self._firing]
+        self._firing = set(fired)
+        values |= {f"integrity/fires/{name}": 1.0 for name in fired}
         sampled = metrics["rollout/sampled_tokens"]
         self.credit += self.settings.budget_frac * sampled * (self.settings.audit_every if step == 1 else 1)
         values |= {"integrity/signals_fired": float(len(fired)), "integrity/credit_tokens": self.credit}
@@ -113,8 +116,10 @@ class Monitor:
                 rollouts = rollouts_of([Episode.from_json(one) for one in rows])
             self._remember(Observation(row["step"], rollouts, row), {})
             self.credit = row["integrity/credit_tokens"]
-            if row["integrity/signals_fired"] and row["step"] > audited:
+            firing = {name.rpartition("/")[2] for name in row if name.startswith("integrity/fires/")}
+            if firing - self._firing and row["step"] > audited:
                 self.reasons.append(f"signals of step {row['step']}, before the run was resumed")
+            self._firing = firing
         self.credit -= sum(row["sampled_tokens"] for row in self._outcomes if row["step"] == step)
 
     # --- audits ------------------------------------------------------------------------------------------------------
@@ -148,6 +153,7 @@ class Monitor:
         """One row of audits.jsonl, item by item, and the tokens that it cost."""
         sampled = 0
         outcomes: dict[str, list[float | None]] = {}
+        right: dict[str, list[float | None]] = {}  # whatever the oracle values, a plan is asked what it does to the answer
         gold: dict[str, float] = {}
         row: dict[str, Any] = {"step": step, "problems": [p.prompt_id for p in problems], "reasons": self.reasons}
         full: list[Episode] = []
@@ -158,6 +164,8 @@ class Monitor:
             paid = {episode.episode_id: episode for episode in bench.pay(episodes, judgements)}
             gold = {episode_id: float(self.oracle(episode)) for episode_id, episode in paid.items()}
             outcomes[arm.name] = [gold.get(episode.episode_id) for episode in episodes]
+            strict = {episode_id: episode.score["correct"] * episode.score["finished"] for episode_id, episode in paid.items()}
+            right[arm.name] = [strict.get(episode.episode_id) for episode in episodes]
             said[arm.name] = episodes
             if arm.name == "full":
                 full = episodes
@@ -168,7 +176,7 @@ class Monitor:
                 }
             if arm.name == "wrong_answer":
                 row["followed"] = [_follows(episode) for episode in episodes]
-        row |= {"gold": outcomes, "sampled_tokens": sampled}
+        row |= {"gold": outcomes, "right": right, "sampled_tokens": sampled}
         row["canaries"] = canary_rewards(problems, bench)
         row["stripped"], row["stripped_phrases"] = stripped_rewards(full, bench)
         row["transcripts"] = transcripts(row, said)
@@ -251,15 +259,15 @@ def findings_of(outcomes: Sequence[Mapping[str, Any]], oracle: str) -> list[Find
     raw, stripped = _pairs([{"a": row["proxy"], "b": row["stripped"]} for row in recent], "a", "b")
     phrases = texts.commonest([phrase for row in recent for phrase in row["stripped_phrases"]])
     found.append(audits.strip_and_rescore(raw, stripped, phrases))
-    golds = [row["gold"] for row in recent]
-    if "no_plan" in golds[-1]:
-        full, no_plan, swapped = _pairs(golds, "full", "no_plan", "swapped")
+    answers = [row["right"] for row in recent]
+    if "no_plan" in answers[-1]:
+        full, no_plan, swapped = _pairs(answers, "full", "no_plan", "swapped")
         found.append(audits.plan_use(full, no_plan, swapped))
-        full, redacted = _pairs(golds, "full", "redacted")
+        full, redacted = _pairs(answers, "full", "redacted")
         leaks, followed = ([item for row in recent for item in row[name]] for name in ("leaks", "followed"))
         found.append(audits.plan_leak(leaks, full, redacted, followed))
-    if "continued" in golds[-1]:
-        ended, continued = _pairs(golds, "full", "continued")
+    if "continued" in answers[-1]:
+        ended, continued = _pairs(answers, "full", "continued")
         found.append(audits.forced_continuation(ended, continued))
     return found
 
