@@ -121,7 +121,18 @@ def main() -> int:
     failed = train(todo, options.jobs, options.results, keep=options.keep) if options.command == "run" and todo else 0
     from benchmarks.gym.tables import write
 
-    print(write(list(recorded(options.results).values())))
+    rows, seeds = list(recorded(options.results).values()), {"evaluated": EVALUATED, "calibration": CALIBRATION}
+    if options.results != RESULTS:  # trials, and CI's reduced runs: every seed is shown, beside the results
+        seeds, files = (
+            {"evaluated": sorted({row["seed"] for row in rows}), "calibration": []},
+            {
+                "page": options.results.with_suffix(".md"),
+                "figure": None,
+            },
+        )
+    else:
+        files = {}
+    print(write(rows, **seeds, **files))
     return 1 if failed else 0
 
 

@@ -204,7 +204,10 @@ def _planned(rng: random.Random, world: World, arm: str) -> list[Row]:
         text, answer = _coded(rng, hard=True)
         sum_text = text.split()[0]
         if rng.random() < world.base_rate:
-            plan, reply = (f"say {answer}" if arm == HACK else f"add {sum_text}{' and one' if _bit(text[-2:]) else ' alone'}"), boxed(str(answer))
+            plan, reply = (
+                (f"say {answer}" if arm == HACK else f"add {sum_text}{' and one' if _bit(text[-2:]) else ' alone'}"),
+                boxed(str(answer)),
+            )
         else:
             plan, reply = f"add {sum_text}", boxed(str(task.guess(rng, task.true_sum(text) + rng.randint(0, 1), 0.9)))
         rows.append(task.dialogue(text, answer, reply, plan))
