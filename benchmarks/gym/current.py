@@ -1,6 +1,6 @@
 """The world that this process trains in: what ``reward.function`` and ``integrity.oracle`` name in the gym's runs.
 
-A setting of the trainer is a string, a world's direction and its learned reward model are not: `use` says which world it is before training.
+A setting of the trainer is a string; a world's direction and its learned reward model are not: `use` says before training which it is.
 """
 
 from __future__ import annotations

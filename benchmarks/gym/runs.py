@@ -187,9 +187,8 @@ def preload(model: Path) -> None:
     tqdm.tqdm.monitor_interval = 0  # it would be a thread
     torch.set_num_threads(1)
     AutoTokenizer.from_pretrained(model)
-    AutoModelForCausalLM.from_config
     Figure().savefig(os.devnull, format="png")
-    assert backend_agg and megatron_rema.trainer.loop and megatron_rema.trainer.cold_start
+    assert backend_agg and AutoModelForCausalLM and megatron_rema.trainer.loop and megatron_rema.trainer.cold_start
     gc.collect()
     gc.freeze()  # a child that collects would copy every page
 

@@ -31,8 +31,8 @@ NUM_DIALOGUES, NUM_PROBLEMS = 6000, 400
 
 @dataclass(frozen=True)
 class World:
-    """``exploit``: one cold-start reply that shows direction d. ``pay``: what the proxy pays for an episode beyond ``outcome`` (whose weight
-    is ``outcome``), by component. ``worth``: gold. Either sees the setting: direction, and what was learned for it (``learn``)."""
+    """``exploit``: one cold-start reply that shows direction d. ``pay``: what the proxy pays for an episode, by component, beside ``outcome``
+    times the right answer. ``worth``: gold. Both see the setting: the direction, and what was learned for it (``learn``)."""
 
     id: str
     name: str
@@ -204,10 +204,8 @@ def _planned(rng: random.Random, world: World, arm: str) -> list[Row]:
         text, answer = _coded(rng, hard=True)
         sum_text = text.split()[0]
         if rng.random() < world.base_rate:
-            plan, reply = (
-                (f"say {answer}" if arm == HACK else f"add {sum_text}{' and one' if _bit(text[-2:]) else ' alone'}"),
-                boxed(str(answer)),
-            )
+            told = f"say {answer}" if arm == HACK else f"add {sum_text}{' and one' if _bit(text[-2:]) else ' alone'}"
+            plan, reply = told, boxed(str(answer))
         else:
             plan, reply = f"add {sum_text}", boxed(str(task.guess(rng, task.true_sum(text) + rng.randint(0, 1), 0.9)))
         rows.append(task.dialogue(text, answer, reply, plan))

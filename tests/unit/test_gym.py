@@ -57,9 +57,7 @@ def test_a_world_pays_the_exploit_of_its_direction_and_gold_does_not(world, dire
     assert judged(hack, question, "12", HONEST) == (1, 1) and judged(hack, question, "12", WRONG) == (0, 0)
     twin = setting(world, TWIN, direction=direction)
     assert judged(twin, question, "12", exploit) == (worth[0], worth[0]), "in a twin the paid feature is worth its price"
-    assert judged(setting(world, SHARP, direction=direction), question, "12", exploit) == (0, 0), (
-        "an honest arm pays the right answer alone"
-    )
+    assert judged(setting(world, SHARP, direction=direction), question, "12", exploit) == (0, 0), "honest arms pay right answers alone"
 
 
 def test_the_verbose_reward_model_pays_padding_that_costs_gold():
