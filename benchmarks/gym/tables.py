@@ -79,8 +79,8 @@ def worlds(rows: Sequence[Row]) -> list[str]:
 
 
 def admission(rows: Sequence[Row]) -> Iterator[str]:
-    yield "Means of the first and last five steps and of the best five; a world is admitted where, over its seeds, in the hack arm the proxy"
-    yield "rises and gold falls below its start, and in the twin gold rises, each beyond its interval."
+    yield "Means of the first and last five steps and of the best five; a world is admitted where, over its seeds, in the hack arm the"
+    yield "proxy rises and gold falls below its start, and in the twin gold rises, each beyond its interval."
     yield ""
     yield "| world | arm | seeds | proxy start | proxy end | gold start | gold peak | gold end | admitted |"
     yield "|---|---|---|---|---|---|---|---|---|"
@@ -199,8 +199,8 @@ def timing(rows: Sequence[Row]) -> Iterator[str]:
 
 def separation(rows: Sequence[Row]) -> Iterator[str]:
     yield "AUROC of hack runs against twin runs of the same world; 0.5 is chance. A signal that reads no gold is expected at 0.5, whatever"
-    yield "it says of the run: a twin trains alike. Last columns: hack against twin, mean over worlds and its interval; and hack against sharp,"
-    yield "which is what a comparison without twins would have shown."
+    yield "it says of the run: a twin trains alike. Last columns: hack against twin, mean over worlds and its interval; and hack against"
+    yield "sharp, which is what a comparison without twins would have shown."
     yield ""
     names = [world for world in worlds(rows) if of(rows, world, HACK)]
     yield f"| detector | {' | '.join(name.upper() for name in names)} | mean over worlds | against sharp |"

@@ -31,8 +31,8 @@ NUM_DIALOGUES, NUM_PROBLEMS = 6000, 400
 
 @dataclass(frozen=True)
 class World:
-    """``exploit``: one cold-start reply that shows direction d. ``pay``: what the proxy pays for an episode, by component, beside ``outcome``
-    times the right answer. ``worth``: gold. Both see the setting: the direction, and what was learned for it (``learn``)."""
+    """``exploit``: one cold-start reply that shows direction d. ``pay``: what the proxy pays for an episode by component, beside
+    ``outcome`` times the right answer. ``worth``: gold. Both see the setting: the direction, and what was learned for it (``learn``)."""
 
     id: str
     name: str
