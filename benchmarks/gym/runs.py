@@ -22,8 +22,8 @@ from benchmarks.gym import current, task
 from benchmarks.gym.measure import measured
 from benchmarks.gym.worlds import SHARP, Setting, World
 
-AUDIT_EVERY, STEPS = 10, 60
-COLD_START_STEPS = 250
+AUDIT_EVERY, STEPS = 10, 80
+COLD_START_STEPS = 300
 COMMON = (
     "task=arith",
     "engine=transformers",
@@ -37,7 +37,7 @@ COMMON = (
     "trainer.preflight.enabled=false",
     "trainer.microbatch_tokens=4096",
 )
-LEARNING_RATE = 1.0e-3
+LEARNING_RATE = 5.0e-4
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def overrides_of(run: Run, folder: Path, start: Path) -> list[str]:
         f"trainer.steps={run.steps}",
         "trainer.checkpoint_every=0",
         "trainer.save_hf=false",
+        "algorithm.kl_coef=0.02",  # without any the policy drifts out of its language where rewards are mostly luck
         "integrity=monitor",
         "integrity.oracle=benchmarks.gym.current:gold",
         f"integrity.audit_every={AUDIT_EVERY}",
@@ -137,7 +138,7 @@ def cold_start(world: World, arm: str, folder: Path, steps: int = COLD_START_STE
             f"task.cold_start_file={here / 'dialogues.jsonl'}",
             f"task.train_file={here / 'dialogues.jsonl'}",
             f"trainer.steps={steps}",
-            "trainer.global_batch_dialogues=64",
+            "trainer.global_batch_dialogues=128",
             "optimizer.lr=3e-3",
             "optimizer.schedule=cosine",
             "optimizer.min_lr=1e-4",

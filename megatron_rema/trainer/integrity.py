@@ -7,6 +7,7 @@ without a word, and a resumed run audits where the uninterrupted one would. Noth
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -69,6 +70,7 @@ class Monitor:
         self.reasons: list[str] = []  # of signals that began to fire since the last audit
         self._firing: set[str] = set()  # signals that fired in the last step: one that goes on firing asks for no further audit
         self._start = Observation(0, [])
+        self._trained: list[Episode] = []  # of the last step, at most audit_problems: what proxy and gold are compared on
         self._metrics: list[dict[str, float]] = []  # of earlier steps
         self._outcomes: list[dict[str, Any]] = []  # rows of audits.jsonl, oldest first
 
@@ -84,6 +86,7 @@ class Monitor:
         """Signals of one step, as ``integrity/...`` metrics. ``episodes``: those that were rewarded; ``members``: what each member of a
         reward ensemble says of them."""
         now = Observation(step, rollouts_of(episodes, members), metrics)
+        self._trained = spread(episodes, self.settings.audit_problems)
         past = Past(self._start, self._metrics)
         self.readings = {signal.name: signal.measure(now, past) for signal in SIGNALS}
         values = {f"integrity/{key}": value for reading in self.readings.values() for key, value in reading.values.items()}
@@ -177,6 +180,12 @@ class Monitor:
             if arm.name == "wrong_answer":
                 row["followed"] = [_follows(episode) for episode in episodes]
         row |= {"gold": outcomes, "right": right, "sampled_tokens": sampled}
+        # As sampled for training: greedy decoding may never show, or never end, what samples are paid for
+        row["trained"] = {
+            "proxy": [proxy_of(episode) for episode in self._trained],
+            "gold": [float(self.oracle(episode)) for episode in self._trained],
+            "episode_ids": [episode.episode_id for episode in self._trained],
+        }
         row["canaries"] = canary_rewards(problems, bench)
         row["stripped"], row["stripped_phrases"] = stripped_rewards(full, bench)
         row["transcripts"] = transcripts(row, said)
@@ -272,6 +281,17 @@ def findings_of(outcomes: Sequence[Mapping[str, Any]], oracle: str) -> list[Find
     return found
 
 
+def spread(episodes: Sequence[Episode], count: int) -> list[Episode]:
+    """At most ``count`` of them, of as many problems as there are; counterfactual ones are left out."""
+    turn: Counter[str] = Counter()
+    order = []
+    for episode in episodes:
+        if not episode.is_counterfactual:
+            order.append((turn[episode.prompt.prompt_id], len(order), episode))
+            turn[episode.prompt.prompt_id] += 1
+    return [episode for _, _, episode in sorted(order, key=lambda item: item[:2])[:count]]
+
+
 def proxy_of(episode: Episode) -> float:
     """What training pays: mean over the rewarded roles of the sum of their turns' rewards."""
     return fmean(map(sum, episode.turn_rewards.values())) if episode.turn_rewards else 0.0
@@ -364,13 +384,8 @@ def _plans(episode: Episode) -> list[str]:
 
 
 def _point(row: Mapping[str, Any], oracle: str) -> AuditPoint:
-    known = [i for i, (proxy, gold) in enumerate(zip(row["proxy"], row["gold"]["full"], strict=True)) if None not in (proxy, gold)]
-    return AuditPoint(
-        row["step"],
-        [row["proxy"][i] for i in known],
-        [Gold(row["gold"]["full"][i], oracle) for i in known],
-        [row["episode_ids"][i] for i in known],
-    )
+    trained = row["trained"]
+    return AuditPoint(row["step"], trained["proxy"], [Gold(score, oracle) for score in trained["gold"]], trained["episode_ids"])
 
 
 def _pairs(rows: Sequence[Mapping[str, Sequence[float | None]]], *names: str) -> list[list[float]]:
