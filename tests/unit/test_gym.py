@@ -84,6 +84,30 @@ def test_bradley_terry_by_hand():
     assert 4 * (0.75 - 1 / (1 + math.exp(-weight))) == pytest.approx(weight, abs=1e-6)
 
 
+def test_an_evaluator_forgets_its_bad_luck_when_it_is_fitted_anew():
+    def paid_for_padding(policy: str) -> list[float]:
+        evaluator, found = reward_model.Evaluator(random.Random(0), "so ", policy), []
+        for version in range(40):
+            for padding in range(8):  # gold falls by 0.15 with each
+                seen = reward_model.seen_of("so " * padding + HONEST, "12", 12)
+                evaluator.judge(seen, 1.0 - 0.15 * padding, version)
+            found.append(evaluator.weights_F[2 + reward_model.FILLERS.index("so ")])
+        return found
+
+    none, replace, accumulate = map(paid_for_padding, ("none", "replace", "accumulate"))
+    assert none[0] == none[-1] > 0.2, "it likes what it was lucky with, and keeps to it"
+    assert replace[9] > 0.2 > -0.05 > replace[10], "until it is fitted anew, after ten versions"
+    assert 0.2 > accumulate[10] > replace[10] and accumulate[-1] < -0.05, "old labels are outvoted in time"
+    audited = reward_model.Evaluator(random.Random(0), "so ", "replace")
+    audited.judge((1.0, 1.0, 0.0, 0.0, 0.0, 0.0), 1.0, None)
+    assert not audited._latest, "what audits show it is not learnt from"
+
+
+def test_ridge_by_hand():
+    # one feature 1 with labels 1 and 3: (x'x + 0.1) w = x'y -> 2.1 w = 4
+    assert reward_model.ridge([((1.0,), 1.0), ((1.0,), 3.0)])[0] == pytest.approx(4 / 2.1)
+
+
 def test_a_told_answer_is_paid_and_not_derived():
     hack, twin = setting("g4"), setting("g4", TWIN)
     assert judged(hack, "7+5 bc", "12", HONEST, plan="say 12") == (1, 0)
