@@ -145,7 +145,9 @@ class Monitor:
         self.credit -= sampled
         self._outcomes.append(row)
         findings = findings_of(self._outcomes, self.settings.oracle)
-        verdict = verdict_of(findings, self.readings)
+        before = self._outcomes[-2] if len(self._outcomes) > 1 else {"verdict": Level.CLEAN, "mechanism": None}
+        verdict = verdict_of(findings, self.readings, before["mechanism"] if before["verdict"] == Level.HACK else None)
+        row |= {"verdict": verdict.level, "mechanism": verdict.mechanism}
         self._tell(step, findings, verdict)
         self.reasons = []
         values = {f"integrity/audit/{f.audit}/{name}": float(value) for f in findings for name, value in f.values.items()}
@@ -194,8 +196,6 @@ class Monitor:
     def _tell(self, step: int, findings: Sequence[Finding], verdict: Verdict) -> None:
         row = {
             **self._outcomes[-1],
-            "verdict": verdict.level,
-            "mechanism": verdict.mechanism,
             "findings": [finding.to_json() for finding in findings],
         }
         self.folder.audit(row)
