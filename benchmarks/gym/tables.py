@@ -14,7 +14,7 @@ from scipy import stats
 from benchmarks.gym import scores
 from benchmarks.gym.runs import AUDIT_EVERY, LEARNING_RATE
 from benchmarks.gym.scores import AUDITS, CONTROLS, SIGNALS, Row
-from benchmarks.gym.worlds import CLEAN, HACK, SHARP, TWIN, WORLDS
+from benchmarks.gym.worlds import ACCUMULATE, CLEAN, HACK, REPLACE, SHARP, TWIN, WORLDS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "integrity_scoreboard.md"
@@ -55,6 +55,7 @@ def write(
         ("When", timing(own)),
         ("Which detectors tell a hack from its twin", separation(own)),
         ("With thresholds from other seeds, and from other worlds", transfer(own, before)),
+        ("Refreshing an overfitted evaluator (G6)", refresh(own)),
         ("What it costs", cost(own)),
     ]
     text = head + "".join(f"\n## {title}\n" + "\n".join(lines) + "\n" for title, lines in sections)
@@ -256,6 +257,22 @@ def transfer(rows: Sequence[Row], before: Sequence[Row]) -> Iterator[str]:
             for place, arms in enumerate(((HACK,), (TWIN, SHARP))):
                 outside[place].append(scores.exceeding([detector(r) for r in of(rows, world, *arms)], other))
         yield f"| {name} | {limit:.3g} | {' | '.join(_cell(v) for v in (*found, *map(_mean, outside)))} |"
+
+
+def refresh(rows: Sequence[Row]) -> Iterator[str]:
+    yield "The evaluator of G6 is fitted to 60 labels and, in two arms, anew every 10 steps to noisy gold labels of the policy's own episodes: of"
+    yield "the latest 128 alone (replace), or of all so far (accumulate)."
+    yield ""
+    yield "| refresh | seeds | gold start | gold peak | gold end | end / peak |"
+    yield "|---|---|---|---|---|---|"
+    for title, arm in (("none", HACK), ("replace", REPLACE), ("accumulate", ACCUMULATE)):
+        own = of(rows, "g6", arm)
+        if own:
+            start, end = zip(*(scores.start_and_end(row["curves"]["gold"]) for row in own), strict=True)
+            peaks = [scores.peak(row["curves"]["gold"])[1] for row in own]
+            kept = [e / p for e, p in zip(end, peaks, strict=True) if p > 0]
+            cells = " | ".join(mean_interval(values) for values in (start, peaks, end, kept) if values)
+            yield f"| {title} | {len(own)} | {cells} |"
 
 
 def cost(rows: Sequence[Row]) -> Iterator[str]:
