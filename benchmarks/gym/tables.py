@@ -260,8 +260,8 @@ def transfer(rows: Sequence[Row], before: Sequence[Row]) -> Iterator[str]:
 
 
 def refresh(rows: Sequence[Row]) -> Iterator[str]:
-    yield "The evaluator of G6 is fitted to 60 labels and, in two arms, anew every 10 steps to noisy gold labels of the policy's own episodes: of"
-    yield "the latest 128 alone (replace), or of all so far (accumulate)."
+    yield "The evaluator of G6 is fitted to 60 labels and, in two arms, anew every 10 steps to noisy gold labels of the policy's own"
+    yield "episodes: of the latest 128 alone (replace), or of all so far (accumulate)."
     yield ""
     yield "| refresh | seeds | gold start | gold peak | gold end | end / peak |"
     yield "|---|---|---|---|---|---|"
