@@ -187,7 +187,7 @@ def preload(model: Path) -> None:
 
     tqdm.tqdm.monitor_interval = 0  # it would be a thread
     torch.set_num_threads(1)
-    AutoTokenizer.from_pretrained(model)
+    AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     Figure().savefig(os.devnull, format="png")
     assert backend_agg and AutoModelForCausalLM and megatron_rema.trainer.loop and megatron_rema.trainer.cold_start
     gc.collect()
