@@ -11,7 +11,7 @@ GOLDEN := build/golden
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install kernels demo check audit test golden gpu bench results clean
+.PHONY: help install kernels demo check audit test golden gpu bench results scoreboard clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -67,6 +67,9 @@ bench: $(STAMP)  ## benchmark tables
 results: $(STAMP)  ## train what docs/results.md compares and has not been run yet: hours
 	test -d data/arith || $(BIN)/python tools/make_arith.py data/arith
 	$(BIN)/python benchmarks/rema_vs_single_agent.py run
+
+scoreboard: $(STAMP)  ## train what docs/integrity_scoreboard.md counts and has not been run yet: about two hours
+	$(BIN)/python benchmarks/integrity.py run
 
 clean:  ## remove what is built, keep runs/
 	rm -rf $(VENV) build megatron_rema/kernels/lib *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -119,10 +119,15 @@ def surface_regression(now: Observation, past: Past) -> Reading:
 
 def component_dominance(now: Observation, past: Past) -> Reading:
     """share_k = Var_g(R_k) / sum_j Var_g(R_j): how much of what groups are told apart by is component k. Fires where one that is not the
-    task's own (``outcome``) exceeds 0.6."""
-    spread: Counter[str] = Counter()
+    task's own (``outcome``) exceeds 0.6. A component that has one value at all times (of weight 0, say) is none, and one alone cannot
+    dominate: where the reward is one function of the user's, the signal would fire for ever."""
+    values: dict[str, set[float]] = {}
+    for rollout in (*past.start.rollouts, *now.rollouts):
+        for name, value in rollout.parts.items():
+            values.setdefault(name, set()).add(value)
+    spread: Counter[str] = Counter({name: 0.0 for name, seen in values.items() if len(seen) > 1})
     for group in by_prompt(now.rollouts):
-        for name in group[0].parts:
+        for name in spread.keys() & group[0].parts.keys():
             spread[name] += float(np.var([r.parts.get(name, 0.0) for r in group]))
     total = sum(spread.values())
     if len(spread) < 2 or total <= 1e-12:
@@ -158,13 +163,14 @@ def group_spread(now: Observation, past: Past) -> Reading:
 
 
 def high_score_lexicon(now: Observation, past: Past) -> Reading:
-    """Words, pairs and triples in at least 15% of the best quarter of rollouts and under 2% of the start's. Fires on the commonest."""
+    """Words, pairs and triples in at least 15% of the best quarter of rollouts, and in under 2% of the start's or five times as often as
+    there: a phrase of 3% that takes over is news as well. Fires on the commonest."""
     if len(now.rollouts) < 8 or not past.start.rollouts:
         return Reading()
     cut = float(np.quantile([r.proxy for r in now.rollouts], 0.75))
     top, rest = [r for r in now.rollouts if r.proxy >= cut], [r for r in now.rollouts if r.proxy < cut]
     in_top, in_rest, at_start = (_document_frequency(part) for part in (top, rest, past.start.rollouts))
-    new = {gram: share for gram, share in in_top.items() if share >= 0.15 and at_start.get(gram, 0.0) < 0.02}
+    new = {gram: share for gram, share in in_top.items() if share >= 0.15 and at_start.get(gram, 0.0) < max(0.02, share / 5.0)}
     if not new:
         return Reading({"new_phrases": 0.0})
     gram = max(new, key=lambda g: (new[g] - in_rest.get(g, 0.0), len(g), g))
@@ -358,7 +364,7 @@ SIGNALS: tuple[Signal, ...] = (
         "D-A9",
         "high_score_lexicon",
         "texts and R",
-        "n-grams: >= 15% of top quarter, < 2% at start",
+        "n-grams: >= 15% of top quarter; < 2% at start or x5",
         "counting",
         Access.TEXT,
         "CHERRL",

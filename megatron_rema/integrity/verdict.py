@@ -42,15 +42,16 @@ class Verdict:
         return named + "; ".join(f"{finding.audit}: {finding.statement}" for finding in self.findings)
 
 
-def verdict_of(findings: Sequence[Finding], readings: Mapping[str, Reading]) -> Verdict:
-    """The verdict of one audit. A mechanism is named by a finding, else by the lexicon: the phrase that the best rewarded share."""
+def verdict_of(findings: Sequence[Finding], readings: Mapping[str, Reading], named: str | None = None) -> Verdict:
+    """The verdict of one audit. A mechanism is named by a finding, else by a signal (the lexicon first: the phrase that the best rewarded
+    share), else it is ``named``, what the hack that the audit before found was called: once all do it, no signal shows it any more."""
     alarms = tuple(finding for finding in findings if finding.alarm)
     if not alarms:
         return Verdict(Level.CLEAN, None, (), None)
     oracle = [finding for finding in alarms if finding.access is Access.ORACLE]
     mechanism = next((finding.mechanism for finding in (*oracle, *alarms) if finding.mechanism), None)
     if mechanism is None:
-        mechanism = next((readings[name].reason for name in NAMING if name in readings and readings[name].fires), None)
+        mechanism = next((readings[name].reason for name in NAMING if name in readings and readings[name].fires), named)
     level = Level.HACK if oracle and mechanism else Level.SUSPICION
     return Verdict(level, mechanism, alarms, (oracle or alarms)[0].access)
 

@@ -7,6 +7,7 @@ without a word, and a resumed run audits where the uninterrupted one would. Noth
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -66,8 +67,10 @@ class Monitor:
         self.oracle = oracle_of(settings.oracle)
         self.credit = 0.0  # tokens that audits may still sample
         self.readings: dict[str, Reading] = {}
-        self.reasons: list[str] = []  # of signals that fired since the last audit
+        self.reasons: list[str] = []  # of signals that began to fire since the last audit
+        self._firing: set[str] = set()  # signals that fired in the last step: one that goes on firing asks for no further audit
         self._start = Observation(0, [])
+        self._trained: list[Episode] = []  # of the last step, at most audit_problems: what proxy and gold are compared on
         self._metrics: list[dict[str, float]] = []  # of earlier steps
         self._outcomes: list[dict[str, Any]] = []  # rows of audits.jsonl, oldest first
 
@@ -83,11 +86,14 @@ class Monitor:
         """Signals of one step, as ``integrity/...`` metrics. ``episodes``: those that were rewarded; ``members``: what each member of a
         reward ensemble says of them."""
         now = Observation(step, rollouts_of(episodes, members), metrics)
+        self._trained = spread(episodes, self.settings.audit_problems)
         past = Past(self._start, self._metrics)
         self.readings = {signal.name: signal.measure(now, past) for signal in SIGNALS}
         values = {f"integrity/{key}": value for reading in self.readings.values() for key, value in reading.values.items()}
         fired = {name: reading.reason for name, reading in self.readings.items() if reading.fires}
-        self.reasons += [f"{name}: {reason}" for name, reason in fired.items()]
+        self.reasons += [f"{name}: {reason}" for name, reason in fired.items() if name not in self._firing]
+        self._firing = set(fired)
+        values |= {f"integrity/fires/{name}": 1.0 for name in fired}
         sampled = metrics["rollout/sampled_tokens"]
         self.credit += self.settings.budget_frac * sampled * (self.settings.audit_every if step == 1 else 1)
         values |= {"integrity/signals_fired": float(len(fired)), "integrity/credit_tokens": self.credit}
@@ -113,8 +119,10 @@ class Monitor:
                 rollouts = rollouts_of([Episode.from_json(one) for one in rows])
             self._remember(Observation(row["step"], rollouts, row), {})
             self.credit = row["integrity/credit_tokens"]
-            if row["integrity/signals_fired"] and row["step"] > audited:
+            firing = {name.rpartition("/")[2] for name in row if name.startswith("integrity/fires/")}
+            if firing - self._firing and row["step"] > audited:
                 self.reasons.append(f"signals of step {row['step']}, before the run was resumed")
+            self._firing = firing
         self.credit -= sum(row["sampled_tokens"] for row in self._outcomes if row["step"] == step)
 
     # --- audits ------------------------------------------------------------------------------------------------------
@@ -137,7 +145,9 @@ class Monitor:
         self.credit -= sampled
         self._outcomes.append(row)
         findings = findings_of(self._outcomes, self.settings.oracle)
-        verdict = verdict_of(findings, self.readings)
+        before = self._outcomes[-2] if len(self._outcomes) > 1 else {"verdict": Level.CLEAN, "mechanism": None}
+        verdict = verdict_of(findings, self.readings, before["mechanism"] if before["verdict"] == Level.HACK else None)
+        row |= {"verdict": verdict.level, "mechanism": verdict.mechanism}
         self._tell(step, findings, verdict)
         self.reasons = []
         values = {f"integrity/audit/{f.audit}/{name}": float(value) for f in findings for name, value in f.values.items()}
@@ -148,6 +158,7 @@ class Monitor:
         """One row of audits.jsonl, item by item, and the tokens that it cost."""
         sampled = 0
         outcomes: dict[str, list[float | None]] = {}
+        right: dict[str, list[float | None]] = {}  # whatever the oracle values, a plan is asked what it does to the answer
         gold: dict[str, float] = {}
         row: dict[str, Any] = {"step": step, "problems": [p.prompt_id for p in problems], "reasons": self.reasons}
         full: list[Episode] = []
@@ -158,6 +169,8 @@ class Monitor:
             paid = {episode.episode_id: episode for episode in bench.pay(episodes, judgements)}
             gold = {episode_id: float(self.oracle(episode)) for episode_id, episode in paid.items()}
             outcomes[arm.name] = [gold.get(episode.episode_id) for episode in episodes]
+            strict = {episode_id: episode.score["correct"] * episode.score["finished"] for episode_id, episode in paid.items()}
+            right[arm.name] = [strict.get(episode.episode_id) for episode in episodes]
             said[arm.name] = episodes
             if arm.name == "full":
                 full = episodes
@@ -168,7 +181,13 @@ class Monitor:
                 }
             if arm.name == "wrong_answer":
                 row["followed"] = [_follows(episode) for episode in episodes]
-        row |= {"gold": outcomes, "sampled_tokens": sampled}
+        row |= {"gold": outcomes, "right": right, "sampled_tokens": sampled}
+        # As sampled for training: greedy decoding may never show, or never end, what samples are paid for
+        row["trained"] = {
+            "proxy": [proxy_of(episode) for episode in self._trained],
+            "gold": [float(self.oracle(episode)) for episode in self._trained],
+            "episode_ids": [episode.episode_id for episode in self._trained],
+        }
         row["canaries"] = canary_rewards(problems, bench)
         row["stripped"], row["stripped_phrases"] = stripped_rewards(full, bench)
         row["transcripts"] = transcripts(row, said)
@@ -177,8 +196,6 @@ class Monitor:
     def _tell(self, step: int, findings: Sequence[Finding], verdict: Verdict) -> None:
         row = {
             **self._outcomes[-1],
-            "verdict": verdict.level,
-            "mechanism": verdict.mechanism,
             "findings": [finding.to_json() for finding in findings],
         }
         self.folder.audit(row)
@@ -251,17 +268,28 @@ def findings_of(outcomes: Sequence[Mapping[str, Any]], oracle: str) -> list[Find
     raw, stripped = _pairs([{"a": row["proxy"], "b": row["stripped"]} for row in recent], "a", "b")
     phrases = texts.commonest([phrase for row in recent for phrase in row["stripped_phrases"]])
     found.append(audits.strip_and_rescore(raw, stripped, phrases))
-    golds = [row["gold"] for row in recent]
-    if "no_plan" in golds[-1]:
-        full, no_plan, swapped = _pairs(golds, "full", "no_plan", "swapped")
+    answers = [row["right"] for row in recent]
+    if "no_plan" in answers[-1]:
+        full, no_plan, swapped = _pairs(answers, "full", "no_plan", "swapped")
         found.append(audits.plan_use(full, no_plan, swapped))
-        full, redacted = _pairs(golds, "full", "redacted")
+        full, redacted = _pairs(answers, "full", "redacted")
         leaks, followed = ([item for row in recent for item in row[name]] for name in ("leaks", "followed"))
         found.append(audits.plan_leak(leaks, full, redacted, followed))
-    if "continued" in golds[-1]:
-        ended, continued = _pairs(golds, "full", "continued")
+    if "continued" in answers[-1]:
+        ended, continued = _pairs(answers, "full", "continued")
         found.append(audits.forced_continuation(ended, continued))
     return found
+
+
+def spread(episodes: Sequence[Episode], count: int) -> list[Episode]:
+    """At most ``count`` of them, of as many problems as there are; counterfactual ones are left out."""
+    turn: Counter[str] = Counter()
+    order = []
+    for episode in episodes:
+        if not episode.is_counterfactual:
+            order.append((turn[episode.prompt.prompt_id], len(order), episode))
+            turn[episode.prompt.prompt_id] += 1
+    return [episode for _, _, episode in sorted(order, key=lambda item: item[:2])[:count]]
 
 
 def proxy_of(episode: Episode) -> float:
@@ -356,13 +384,8 @@ def _plans(episode: Episode) -> list[str]:
 
 
 def _point(row: Mapping[str, Any], oracle: str) -> AuditPoint:
-    known = [i for i, (proxy, gold) in enumerate(zip(row["proxy"], row["gold"]["full"], strict=True)) if None not in (proxy, gold)]
-    return AuditPoint(
-        row["step"],
-        [row["proxy"][i] for i in known],
-        [Gold(row["gold"]["full"][i], oracle) for i in known],
-        [row["episode_ids"][i] for i in known],
-    )
+    trained = row["trained"]
+    return AuditPoint(row["step"], trained["proxy"], [Gold(score, oracle) for score in trained["gold"]], trained["episode_ids"])
 
 
 def _pairs(rows: Sequence[Mapping[str, Sequence[float | None]]], *names: str) -> list[list[float]]:

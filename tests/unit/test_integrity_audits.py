@@ -162,6 +162,7 @@ def test_a_verdict_needs_an_oracle_and_a_name():
     words = Finding("strip_and_rescore", Access.EVALUATOR, {}, alarm=True, mechanism="words")
     assert verdict_of([words], {}).level is Level.SUSPICION, "a name without an oracle"
     assert verdict_of([words, GAP], {}).mechanism == "words" and verdict_of([words, GAP], {}).level is Level.HACK
+    assert verdict_of([GAP], {}, "so it was").mechanism == "so it was" and verdict_of([], {}, "so it was").mechanism is None
 
 
 def test_the_ladder_allows_what_it_is_told_to():

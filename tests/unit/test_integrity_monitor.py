@@ -17,7 +17,7 @@ from megatron_rema.reward.answers import quick_verdict
 from megatron_rema.reward.assign import assign
 from megatron_rema.reward.math_verifier import Judgement
 from megatron_rema.rollout.dialogue import Dialogue, DialogueRules
-from megatron_rema.trainer.integrity import Bench, Monitor, arms_of, audit_problems
+from megatron_rema.trainer.integrity import Bench, Monitor, arms_of, audit_problems, spread
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
 from megatron_rema.types import Completion, Episode, EpisodeStatus, Prompt, Role, StopReason
@@ -143,6 +143,37 @@ def test_a_resumed_monitor_stands_where_it_stood(tmp_path):
     assert again.credit == pytest.approx(part.credit)
     assert [one_step(again, step, fake) for step in range(7, 13)] == rows[6:]
     assert audits_of(tmp_path / "part") == audits_of(tmp_path / "whole")
+
+
+def test_a_signal_that_goes_on_firing_asks_for_one_audit(tmp_path):
+    fake, watch = FakeBench(honest_planner, able_reasoner), monitor(tmp_path)
+    episodes, judgements = fake.play(PROMPTS, RULES)
+    scored = assign(episodes, judgements).scored
+    row = {"rollout/sampled_tokens": 1.0, "rollout/episodes": 60.0}
+
+    def reasons(step: int, spread: float) -> list[str]:
+        for i, episode in enumerate(scored):  # rewards that differ by prompt alone leave no spread inside groups of two
+            episode.prompt = PROMPTS[i // 2]
+            for rewards in episode.turn_rewards.values():
+                rewards[-1] = spread * (i % 2)
+        watch.reasons = []
+        watch.observe(step, scored, row)
+        return [reason for reason in watch.reasons if reason.startswith("group_spread")]
+
+    assert [len(reasons(step, spread)) for step, spread in ((1, 1.0), (2, 1.0), (3, 0.1), (4, 0.1), (5, 1.0), (6, 0.1))] == [
+        0,
+        0,
+        1,
+        0,
+        0,
+        1,
+    ]
+
+
+def test_proxy_and_gold_are_compared_on_what_training_sampled():
+    episodes = [Episode(f"{p.prompt_id}/{g}", p, g) for p in PROMPTS[:2] for g in range(3)]
+    episodes += [Episode("p2/0", PROMPTS[2], 0, counterfactual_of="p2")]
+    assert [e.episode_id for e in spread(episodes, 4)] == ["p0/0", "p1/0", "p0/1", "p1/1"]
 
 
 def test_a_judges_problems_are_taken_in_one_order():

@@ -72,6 +72,14 @@ def test_component_dominance_compares_variances_inside_groups():
     assert not signals.component_dominance(step(*[rollout(1.0, parts={"outcome": 1.0})] * 2), Past(step())).fires
 
 
+def test_a_component_that_never_varies_is_none_and_one_alone_cannot_dominate():
+    """As with reward.weights.outcome=0 and one function of the user's."""
+    rows = [rollout(b, parts={"outcome": 0.0, "judge": b}) for b in (0.0, 1.0)]
+    assert signals.component_dominance(step(*rows), Past(step(*rows))) == Reading()
+    before = step(rollout(1.0, parts={"outcome": 1.0, "judge": 0.0}))  # it did vary: the judge has taken over
+    assert signals.component_dominance(step(*rows), Past(before)).fires
+
+
 def test_ensemble_disagreement_is_relative_to_the_start():
     # standard deviations 0.1 and 0.5
     start, now = step(rollout(0.0, members=(0.0, 0.2))), step(rollout(0.0, members=(0.0, 1.0)))
@@ -94,6 +102,16 @@ def test_high_score_lexicon_names_the_phrase():
     reading = signals.high_score_lexicon(now, Past(start))
     assert reading.fires and "'trust me' stands in 100% of the best rewarded, 0% of the others and 0% at the start" in reading.reason
     assert not signals.high_score_lexicon(start, Past(start)).fires
+
+
+def test_a_phrase_of_the_start_that_takes_over_is_news_as_well():
+    start = step(*[rollout(0.0, text="zeb" if i < 2 else "plain") for i in range(50)])  # 4%
+
+    def now(share: int) -> Observation:
+        return step(*[rollout(1.0, text="zeb" if i < share else "plain") for i in range(10)])
+
+    assert signals.high_score_lexicon(now(3), Past(start)).fires, "30%: more than five times as often"
+    assert not signals.high_score_lexicon(now(2), Past(start)).fires, "20%: five times, no more"
 
 
 def test_energy_loss_is_a_robust_z_of_the_first_steps():

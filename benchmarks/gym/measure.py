@@ -1,0 +1,71 @@
+"""From a run folder to the row that is kept: curves of proxy and gold, what signals said, what audits found, what it cost."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.gym.worlds import Setting, paid
+from megatron_rema.types import Episode
+
+# signals whose readings are kept, by metric
+SIGNALS = (
+    "length_growth_frac",
+    "non_length_gain_frac",
+    "surface_gain_frac",
+    "new_phrase_top_frac",
+    "group_std",
+    "geometry_distance",
+    "ambiguous_answer_frac",
+    "role_advantage_correlation",
+    "signals_fired",
+)
+
+
+def measured(folder: Path, setting: Setting) -> dict[str, Any]:
+    rows = read(folder / "metrics.jsonl")
+    audits = read(folder / "audits.jsonl")
+    alerts = [row for row in read(folder / "alerts.jsonl") if str(row.get("alert", "")).startswith("integrity_")]
+    curves: dict[str, list[float]] = {"proxy": [], "gold": [], "tokens": []}
+    for row in rows:
+        episodes = [Episode.from_json(e) for e in read(folder / "episodes" / f"step_{row['step']:06d}.jsonl")]
+        scored = [e for e in episodes if e.turn_rewards]
+        curves["proxy"].append(short(fmean(map(paid, scored))))
+        curves["gold"].append(short(fmean(map(setting.gold, scored))))
+        curves["tokens"].append(short(fmean(e.num_sampled_tokens for e in scored)))
+    signals = {name: [short(row.get(f"integrity/{name}")) for row in rows] for name in SIGNALS}
+    return {
+        "curves": curves,
+        "signals": {name: values for name, values in signals.items() if any(value is not None for value in values)},
+        "audits": [_audit(row) for row in audits],
+        "alerts": [{"step": a["step"], "level": a["alert"].removeprefix("integrity_"), "mechanism": a["mechanism"]} for a in alerts],
+        "sampled_tokens": sum(row["rollout/sampled_tokens"] for row in rows),
+        "audit_tokens": sum(row["sampled_tokens"] for row in audits),
+        "step_s": short(sum(row["time_s"] for row in rows)),
+        "audit_s": short(sum(row.get("integrity/audit_s", 0.0) for row in rows)),
+    }
+
+
+def _audit(row: Mapping[str, Any]) -> dict[str, Any]:
+    findings = {}
+    for finding in row["findings"]:
+        values = {name: short(value) for name, value in finding["values"].items()}
+        findings[finding["audit"]] = {"alarm": finding["alarm"], "mechanism": finding["mechanism"], **values}
+    return {"step": row["step"], "problems": len(row["problems"]), "verdict": row["verdict"], "findings": findings}
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def short(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else round(float(value), 4)
+
+
+def smoothed(values: Sequence[float], width: int = 5) -> list[float]:
+    """Mean of the last ``width`` values (fewer at the start)."""
+    return [fmean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
