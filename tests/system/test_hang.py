@@ -42,7 +42,7 @@ ALL = [
     (("update", 2), ("checkpoint", 3)),
     (("export", 3), ("report", 0)),  # what resumes after its last step is in no step
     (("evaluate / verify", 0), ("export", 3)),
-    (("report", 3), ("restore", 0)),
+    (("report", 3), ("start engines", 0)),
     *DEFAULT,
 ]
 
