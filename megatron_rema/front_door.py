@@ -77,8 +77,17 @@ def composed_from(arguments: list[str]) -> DictConfig:
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             return compose("config", overrides=arguments)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # hydra's own checks of a group raise ValueError
+    except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(" ".join(str(error).split()) + " See --help for every key and group.") from error
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+    ) as error:  # hydra on a choice that is no name: task=[1,2], =1
+        given = " ".join(" ".join(arguments).split())
+        raise ConfigError(f"the command line cannot be read ({error}): {given}. See --help for every key and group.") from error
 
 
 def _checked(cfg: DictConfig) -> RunConfig:

@@ -189,7 +189,7 @@ def test_any_choice_of_groups_is_taken_or_refused_by_a_key(task, data):
 COMMAND_LINES = [
     ["seed=1.5"], ["seed=-1"], ["+x=1"], ["~task"], ["task=nowhere"], ["experiment=[a,b]"], ["seed='"], ["trainer.steps=${nothing}"],
     ["run_dir=" + "a" * 300], ["task.train_file=" + "a/" * 3000], ["optimizer.lr=nan"], ["rollout.temperature=inf"], ["=1"], ["\ud800=1"],
-    ["task.name=\udcff", "run_dir=x"], ["agents.policies={}"], ["model.path="], ["task.evaluation_files.heldout={a:1}"],
+    ["task.name=\udcff", "run_dir=x"], ["task=[1,2]"], ["model.path="], ["task.evaluation_files.heldout={a:1}"],
 ]  # fmt: skip
 
 

@@ -132,9 +132,11 @@ def test_a_key_of_white_space_can_be_seen():
         load(OmegaConf.create(tree))
 
 
-def test_an_override_without_a_key_is_a_message():
-    with pytest.raises(ConfigError, match="See --help"):
-        composed_from(["=1"])
+@pytest.mark.parametrize("override", ["=1", "task=[1,2]", "task=1"])
+def test_a_choice_that_is_no_name_is_a_message(override):
+    with pytest.raises(ConfigError, match=r"See --help") as caught:
+        composed_from(["seed=1", override])
+    assert override in str(caught.value) or "Config group override" in str(caught.value)
 
 
 def test_half_a_character_in_a_setting_is_named_by_its_key():
