@@ -213,11 +213,12 @@ def _rope(config: dict[str, Any], source: str) -> tuple[float, float | None]:
     for key, constant in _LLAMA3_CONSTANTS.items():
         if rope.get(key, constant) != constant:
             raise ValueError(
-                f"{source}: {key} is {brief(rope[key])}; megatron-core's llama3 rope fixes it at {constant}: choose another model."
+                f"{source}: rope_parameters.{key} is {brief(rope[key])}; megatron-core's llama3 rope fixes it at {constant}: "
+                "choose another model."
             )
     if "factor" not in rope:
         raise ValueError(f"{source}: rope_type is llama3 without factor; it must be given: complete the file.")
-    return theta, _positive(rope, "factor", 1.0, source)
+    return theta, _positive({"rope_parameters.factor": rope["factor"]}, "rope_parameters.factor", 1.0, source)
 
 
 def _refuse_what_we_cannot_train(config: dict[str, Any], family: str, source: str) -> None:

@@ -31,7 +31,7 @@ READERS = {
     "evaluate": read_for_evaluation,
     "train_reward_model": read_for_reward_model,
 }
-GROUPS = {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in sorted(config_dir().iterdir()) if folder.is_dir()}
+GROUPS = {file.parent.name: sorted(other.stem for other in file.parent.glob("*.yaml")) for file in sorted(config_dir().glob("*/*.yaml"))}
 
 
 @pytest.fixture(scope="module")

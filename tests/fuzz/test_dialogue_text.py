@@ -293,9 +293,10 @@ def episodes(draw: st.DrawFn) -> Episode:
         status,
         draw(st.sampled_from([None, *Verdict])),
         draw(st.dictionaries(said, numbers, max_size=3)),
-        draw(by_role),
-        draw(by_role),
-        draw(st.sampled_from([None, "0/p/1"])),
+        turn_rewards=draw(by_role),
+        reward_parts=draw(st.dictionaries(said, by_role, max_size=2)),
+        advantages=draw(by_role),
+        plan_of=draw(st.sampled_from([None, "0/p/1"])),
     )
 
 
