@@ -7,8 +7,8 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 GOLDEN := build/golden
-# Tests of one process share two cores; those that start ranks of their own have them to themselves.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+# Two files at a time: most tests keep one core busy, and those that start ranks wait for them much of the time.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help install kernels demo check audit test golden gpu bench results scoreboard clean
@@ -37,7 +37,7 @@ check: $(STAMP)  ## lint, import contracts, unit tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(PYTEST) -n 2 --dist loadfile tests/unit
+	$(PYTEST) tests/unit
 
 # Asks a vulnerability database over the network about every installed package, so it is no part of `check`, which must work offline and say
 # the same tomorrow (what can be said offline is in tests/unit/test_dependencies.py).
@@ -46,8 +46,7 @@ audit: $(STAMP)  ## known vulnerabilities of what is installed (needs the networ
 	PYTHONPATH=build/audit $(BIN)/python -m pip_audit --local --skip-editable
 
 test: check  ## every CPU test
-	$(PYTEST) -n 2 --dist loadfile tests/kernels tests/fuzz --durations=5
-	$(PYTEST) tests/distributed tests/system --durations=15
+	$(PYTEST) tests/kernels tests/fuzz tests/distributed tests/system --durations=15
 
 # Others' code is installed apart (372 MB) and only these tests look into that folder.
 golden: $(GOLDEN)/.installed  ## algorithm/ against verl, TRL, OpenRLHF and pandas
