@@ -129,12 +129,14 @@ def steps_done(job: Job) -> int:
 
 
 def last_error(log: Path, begin: int, *others: Path) -> str:
-    """The last line from byte ``begin`` on that says what went wrong, or such a line of ``others``; else the last line at all."""
-    lines = [line.strip() for line in tail(log, begin).splitlines() if line.strip()]
-    for candidates in (lines, *(tail(other, 0).splitlines() for other in others)):
-        if telling := [line.strip() for line in candidates if _ERROR.search(line) and not _LAUNCHER.search(line)]:
-            return telling[-1][:500]
-    return (lines or ["no output"])[-1][:500]
+    """The last line from byte ``begin`` on that says what went wrong, or such a line of ``others``; else the last line at all. A run's own
+    message, in whichever of the logs, comes before any other: a node's launcher may only complain that another one is gone."""
+    logs = [[line.strip() for line in text.splitlines() if line.strip()] for text in (tail(log, begin), *(tail(o, 0) for o in others))]
+    for tells in (lambda line: line.startswith("error: "), _ERROR.search):
+        for lines in logs:
+            if telling := [line for line in lines if tells(line) and not _LAUNCHER.search(line)]:
+                return telling[-1][:500]
+    return (logs[0] or ["no output"])[-1][:500]
 
 
 def tail(file: Path, begin: int) -> str:

@@ -295,6 +295,14 @@ def test_the_last_error_line_is_the_runs_own(tmp_path, lines, said):
     assert last_error(log, begin) == said
 
 
+def test_a_runs_own_message_comes_before_what_another_nodes_launcher_says(tmp_path):
+    first, second = tmp_path / "log", tmp_path / "log.node1"
+    first.write_text("starting\nraise RendezvousConnectionError(\n")
+    second.write_text("error: model.path is nowhere\nTraceback: more\n")
+    assert last_error(first, 0, second) == "error: model.path is nowhere"
+    assert last_error(first, 0) == "raise RendezvousConnectionError("
+
+
 # --- conf/sweep -------------------------------------------------------------------------------------------------------
 
 PAGE = Path(__file__).parents[2] / "docs" / "sweeps.md"
