@@ -17,7 +17,7 @@ def save_tiny_task(folder: Path) -> list[str]:
     _write(folder / "heldout.jsonl", problems[:6])
     _write(folder / "dialogues.jsonl", [{**p, "turns": dialogue(p["answer"])} for p in problems])
     _write(folder / "preferences.jsonl", [pair(p, wrong) for p in problems for wrong in range(11) if str(wrong) != p["answer"]])
-    _write(folder / "preferences_heldout.jsonl", [pair(p, int(p["answer"]) + 1) for p in problems])
+    _write(folder / "preferences_heldout.jsonl", [pair(p, int(p["answer"]) + off) for p in problems for off in (1, 2, 3)])
     return [
         *_files(folder),
         "~task.evaluation_files.ood",

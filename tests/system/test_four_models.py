@@ -20,10 +20,11 @@ def test_ppo_of_actor_critic_reward_model_and_reference_at_four_layouts_improves
     run("sft", 2, *task, f"run_dir={tmp_path}/sft", *start)
     task = [o for o in task if not o.startswith("model.path=")] + [f"model.path={tmp_path}/sft/hf/shared"]
 
-    heads = ["reward_model.heads=3", "reward_model.bootstrap=true", "trainer.steps=80", "trainer.global_batch_dialogues=32"]
+    heads = ["reward_model.heads=3", "reward_model.bootstrap=true", "trainer.steps=160", "trainer.global_batch_dialogues=32"]
     out = run("train_reward_model", 2, *task, f"run_dir={tmp_path}/rm", "parallel.actor.tensor=2", *heads, "optimizer.lr=0.002")
     preference = json.loads((tmp_path / "rm" / "preference.json").read_text())
-    assert preference["heldout_pairs"] == 36 and preference["pairwise_accuracy"] > 0.65, "a coin gets 0.5, 0.78 was measured"
+    # a coin gets 0.5 with a standard error of 0.048; rounding, which differs from processor to processor, moves a run by about 0.1
+    assert preference["heldout_pairs"] == 108 and preference["pairwise_accuracy"] > 0.6
     assert f"{preference['pairwise_accuracy']:.4f}" in out
 
     layouts = [
