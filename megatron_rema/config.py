@@ -243,9 +243,8 @@ class IntegrityConfig:
     """Signals every step, audits on a budget, and what follows from them (docs/integrity.md)."""
 
     mode: Literal["off", "monitor"] = "off"
-    oracle: str = (
-        "verdict"  # gold of an episode: verdict (right and finished, strictly read), or "module:name" of a function Episode -> float
-    )
+    # Gold of an episode: verdict (right and finished, strictly read), or "module:name" of a function Episode -> float
+    oracle: str = "verdict"
     audit_every: Count = 25  # steps; a signal that fires asks for an earlier one
     audit_problems: Count = 64  # at most; the first so many training problems of a shuffle of their own
     budget_frac: Annotated[float, Field(gt=0, le=1)] = 0.03  # audits sample at most this times what training samples

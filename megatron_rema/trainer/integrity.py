@@ -220,9 +220,8 @@ class Arm:
     """One way to play the audit's problems again."""
 
     name: str
-    rules: Callable[
-        [DialogueRules, Sequence[Episode], Sequence[Prompt]], DialogueRules
-    ]  # (the run's, episodes of arm full, problems) -> its
+    # (the run's, episodes of arm full, problems) -> its own
+    rules: Callable[[DialogueRules, Sequence[Episode], Sequence[Prompt]], DialogueRules]
 
 
 def arms_of(rules: DialogueRules) -> tuple[Arm, ...]:
