@@ -242,13 +242,17 @@ class OptimizerConfig:
 class IntegrityConfig:
     """Signals every step, audits on a budget, and what follows from them (docs/integrity.md)."""
 
-    mode: Literal["off", "monitor"] = "off"
+    mode: Literal["off", "monitor", "guard"] = "off"
     # Gold of an episode: verdict (right and finished, strictly read), or "module:name" of a function Episode -> float
     oracle: str = "verdict"
     audit_every: Count = 25  # steps; a signal that fires asks for an earlier one
     audit_problems: Count = 64  # at most; the first so many training problems of a shuffle of their own
     budget_frac: Annotated[float, Field(gt=0, le=1)] = 0.03  # audits sample at most this times what training samples
     start_steps: Count = 5  # first steps that signals compare with
+    # guard: what follows when this audit alarms and the verdict is a hack; "default" for those not named
+    ladder: dict[str, Literal["annotate", "shape", "quarantine", "roll_back"]] = field(default_factory=lambda: {"default": "annotate"})
+    max_roll_backs: Count = 2  # the next one ends the run
+    keep_clean_checkpoints: Count = 4  # of steps whose audit was clean: what a roll-back returns to
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rema.config import RunConfig, TrainerConfig, as_mapping
+from megatron_rema.config import RunConfig, as_mapping
 from megatron_rema.models.policy import ParallelModel
 from megatron_rema.planning.explain import settings
 from megatron_rema.report.page import write_report
@@ -58,6 +58,7 @@ from megatron_rema.trainer.diagnosis import find_non_finite, tell_skipped
 from megatron_rema.trainer.evaluation import evaluate_sets, show
 from megatron_rema.trainer.experience import is_trainable, pack_for_rank
 from megatron_rema.trainer.faults import SkippedUpdates
+from megatron_rema.trainer.guard import Guard
 from megatron_rema.trainer.inputs import Inputs, Source
 from megatron_rema.trainer.integrity import Bench, Monitor, audit_problems
 from megatron_rema.trainer.preference import episode_scores
@@ -100,6 +101,7 @@ class Study:
     position: state.Position
     skipped: SkippedUpdates
     monitor: Monitor | None = None
+    guard: Guard | None = None
     members: dict[str, list[float]] = field(default_factory=dict)  # what each head of the reward model says of the step's episodes
     steps_unclipped: int = 0  # in a row, since the start or the last resume
 
@@ -151,6 +153,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
                 position=position,
                 skipped=SkippedUpdates(config.trainer.max_skipped_updates),
                 monitor=monitor_of(config, inputs.prompts, folder, reporter, position.step),
+                guard=Guard(config.integrity, folder, step=position.step) if config.integrity.mode == "guard" else None,
             )
             run(study)
         for engine in engines.values():
@@ -166,11 +169,11 @@ def run(study: Study) -> None:
     if position.step == 0:
         evaluate(study)
     with reporter.run("train", total=trainer.steps, done=position.step), study.checkpoints.finished():
-        while not is_over(position, trainer):
+        while not is_over(study):
             metrics = step(study)
             study.folder.metrics(metrics)
             reporter.step_done(position.step, _headline(metrics))
-            last = is_over(position, trainer)
+            last = is_over(study)
             if last or (trainer.evaluate_every and position.step % trainer.evaluate_every == 0):
                 evaluate(study)
             if last or (trainer.checkpoint_every and position.step % trainer.checkpoint_every == 0):
@@ -187,7 +190,10 @@ def run(study: Study) -> None:
     finish(study)
 
 
-def is_over(position: state.Position, trainer: TrainerConfig) -> bool:
+def is_over(study: Study) -> bool:
+    position, trainer = study.position, study.config.trainer
+    if study.monitor is not None and study.monitor.response.ends:
+        return True
     return position.step >= trainer.steps or 0 < trainer.token_budget <= position.sampled_tokens
 
 
@@ -285,9 +291,22 @@ def watch(study: Study, monitor: Monitor, scored: Sequence[Episode], metrics: Ma
     bench = Bench(study.rules, study.chat, play, lambda episodes: judge_everywhere(episodes, study.verifier), pay)
     if monitor.is_due(step, bench):
         with study.reporter.phase("audit"):
-            found |= monitor.audit(step, bench)
+            found |= monitor.audit(step, bench, study.guard.steps() if study.guard is not None else ())
+            if study.guard is not None:
+                obey(study, study.guard, monitor)
         found["integrity/audit_s"] = study.reporter.seconds["audit"]
     return found
+
+
+def obey(study: Study, guard: Guard, monitor: Monitor) -> None:
+    """What the last audit led to, as far as it is done once: gates and shaping are `reward`'s business."""
+    back_to, position = monitor.response.back_to, study.position
+    if monitor.is_clean:
+        guard.keep(position, trained(study.policies))
+    elif back_to is not None:
+        guard.roll_back(back_to, position, trained(study.policies))
+        position.weight_version += 1
+        sync_weights(study.policies, study.engines, position.weight_version)
 
 
 def monitor_of(config: RunConfig, prompts: Sequence[Prompt], folder: RunFolder, reporter: Reporter, step: int) -> Monitor | None:
