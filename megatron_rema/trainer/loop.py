@@ -20,6 +20,7 @@ from megatron_rema.report.page import write_report
 from megatron_rema.reward.assign import Assigned, assign, counterfactual_metrics, reward_metrics, set_apart
 from megatron_rema.reward.behaviour import behaviour_metrics
 from megatron_rema.reward.functions import named_function
+from megatron_rema.reward.gates import Gate, apply_gates, gates_of
 from megatron_rema.reward.math_verifier import Judgement, VerifierPool
 from megatron_rema.reward.model_scorer import add_model_scores
 from megatron_rema.rollout.dataset import PromptStream
@@ -100,6 +101,7 @@ class Study:
     position: state.Position
     skipped: SkippedUpdates
     monitor: Monitor | None = None
+    gates: list[Gate] = field(default_factory=list)  # in force now
     members: dict[str, list[float]] = field(default_factory=dict)  # what each head of the reward model says of the step's episodes
     steps_unclipped: int = 0  # in a row, since the start or the last resume
 
@@ -151,6 +153,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
                 position=position,
                 skipped=SkippedUpdates(config.trainer.max_skipped_updates),
                 monitor=monitor_of(config, inputs.prompts, folder, reporter, position.step),
+                gates=gates_of(config.reward.gates),
             )
             run(study)
         for engine in engines.values():
@@ -202,7 +205,7 @@ def step(study: Study) -> dict[str, float]:
     for engine in study.engines.values():
         engine.sleep()
     assigned = reward(study, played, judgements)
-    model_metrics = score_with_reward_model(study, assigned.scored)
+    model_metrics = score_with_reward_model(study, assigned.scored) | apply_gates(assigned.scored, study.gates)
     assigned, counterfactual = set_apart(assigned)
     share_plan_rewards(assigned.scored, scheme=config.reward.scheme)
     chosen = chosen_for_training(assigned.scored, config.rollout)
@@ -245,7 +248,7 @@ def step(study: Study) -> dict[str, float]:
 
 
 def reward(study: Study, episodes: Sequence[Episode], judgements: Mapping[str, Judgement]) -> Assigned:
-    """What training pays for episodes, but for a reward model's score."""
+    """What training pays for episodes, but for a reward model's score and the gates, which come after it."""
     settings, rollout = study.config.reward, study.config.rollout
     assigned = assign(
         episodes,
@@ -280,6 +283,7 @@ def watch(study: Study, monitor: Monitor, scored: Sequence[Episode], metrics: Ma
     def pay(episodes: Sequence[Episode], judgements: Mapping[str, Judgement]) -> list[Episode]:
         scored = reward(study, episodes, judgements).scored
         score_with_reward_model(study, scored)
+        apply_gates(scored, study.gates)
         return scored
 
     bench = Bench(study.rules, study.chat, play, lambda episodes: judge_everywhere(episodes, study.verifier), pay)
