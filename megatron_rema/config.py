@@ -161,6 +161,8 @@ class RewardConfig:
     # added to the last turn of whom it names. Must give the same on every rank.
     function: str | None = None
     weights: dict[str, float] = field(default_factory=dict)  # of components by name, ``outcome`` (the scheme's) among them; 1 otherwise
+    # Vetoes: ambiguous_answer, plan_leak, phrase:TEXT, or module:name of a function Episode -> bool. Whoever one concerns earns at most 0
+    gates: list[str] = field(default_factory=list)
     model_path: str | None = None  # a reward model (sequence-classification folder) that scores the reasoner's view of each episode
     model_weight: float = 1.0  # added to both roles' rewards: model_weight * score
     model_ensemble: Literal["mean", "min"] = "mean"  # over the reward model's heads
@@ -379,6 +381,7 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_templates(config)
     _check_objective(config)
     _check_credit(config)
+    _check_mitigations(config)
     _check_plans(config)
     _check_budgets(config)
 
@@ -502,6 +505,11 @@ def _check_credit(config: RunConfig) -> None:
             f"({rollout.episodes_per_prompt}) with algorithm.credit=swapped; each takes the plan of another episode of the prompt: "
             "lower it."
         )
+
+
+def _check_mitigations(config: RunConfig) -> None:
+    if "plan_leak" in config.reward.gates and config.roles != tuple(Role):
+        raise ConfigError("reward.gates holds plan_leak where nobody plans; it needs both roles: remove it.")
 
 
 def _check_plans(config: RunConfig) -> None:

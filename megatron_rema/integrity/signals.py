@@ -19,7 +19,7 @@ from scipy import stats
 from megatron_rema.integrity.gold import Access
 from megatron_rema.integrity.statistics import cusum, robust_z
 from megatron_rema.integrity.view import Observation, Rollout, by_prompt
-from megatron_rema.reward.answers import boxes
+from megatron_rema.reward.answers import is_ambiguous
 from megatron_rema.reward.phrases import has_phrase, phrases_of, words_of
 from megatron_rema.types import Role
 
@@ -275,12 +275,6 @@ def surface_features(rollout: Rollout) -> tuple[float, ...]:
         float(sum(c.isdigit() for c in text)),
         sum(not (c.isalnum() or c.isspace()) for c in text) / max(len(text), 1),
     )
-
-
-def is_ambiguous(text: str) -> bool:
-    """Several boxes that differ, or alternatives inside one."""
-    contents = [box.strip() for box in boxes(text)]
-    return len(set(contents)) > 1 or any(re.search(r"(?:^|\W)or(?:\W|$)|\\text\{\s*or\s*\}", box) for box in contents)
 
 
 def _features(rollouts: Sequence[Rollout]) -> np.ndarray:

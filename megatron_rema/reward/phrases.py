@@ -14,9 +14,10 @@ def words_of(text: str) -> list[str]:
 
 
 def phrases_of(text: str) -> set[str]:
-    """Every run of 1 to 3 words, joined by spaces."""
+    """Every run of 1 to 3 words without a number, joined by spaces: which number is said depends on the problem."""
     words = words_of(text)
-    return {" ".join(words[i : i + n]) for n in range(1, LONGEST + 1) for i in range(len(words) - n + 1)}
+    runs = (words[i : i + n] for n in range(1, LONGEST + 1) for i in range(len(words) - n + 1))
+    return {" ".join(run) for run in runs if not any(word.isdigit() for word in run)}
 
 
 def has_phrase(text: str, phrase: str) -> bool:

@@ -20,6 +20,7 @@ from megatron_rema.report.page import write_report
 from megatron_rema.reward.assign import Assigned, assign, counterfactual_metrics, reward_metrics, set_apart
 from megatron_rema.reward.behaviour import behaviour_metrics
 from megatron_rema.reward.functions import named_function
+from megatron_rema.reward.gates import Gate, apply_gates, gates_of
 from megatron_rema.reward.math_verifier import Judgement, VerifierPool
 from megatron_rema.reward.model_scorer import add_model_scores
 from megatron_rema.rollout.dataset import PromptStream
@@ -210,7 +211,7 @@ def step(study: Study) -> dict[str, float]:
     for engine in study.engines.values():
         engine.sleep()
     assigned = reward(study, played, judgements)
-    model_metrics = score_with_reward_model(study, assigned.scored)
+    model_metrics = score_with_reward_model(study, assigned.scored) | apply_gates(assigned.scored, gates_in_force(study))
     assigned, counterfactual = set_apart(assigned)
     share_plan_rewards(assigned.scored, scheme=config.reward.scheme)
     chosen = chosen_for_training(assigned.scored, config.rollout)
@@ -253,7 +254,7 @@ def step(study: Study) -> dict[str, float]:
 
 
 def reward(study: Study, episodes: Sequence[Episode], judgements: Mapping[str, Judgement]) -> Assigned:
-    """What training pays for episodes, but for a reward model's score."""
+    """What training pays for episodes, but for a reward model's score and the gates, which come after it."""
     settings, rollout = study.config.reward, study.config.rollout
     assigned = assign(
         episodes,
@@ -267,6 +268,12 @@ def reward(study: Study, episodes: Sequence[Episode], judgements: Mapping[str, J
     return assigned
 
 
+def gates_in_force(study: Study) -> list[Gate]:
+    """The configured ones, and those that audits have led to."""
+    found = study.monitor.response.gates if study.monitor is not None else ()
+    return gates_of([*dict.fromkeys((*study.config.reward.gates, *found))])
+
+
 def watch(study: Study, monitor: Monitor, scored: Sequence[Episode], metrics: Mapping[str, float]) -> dict[str, float]:
     """Signals of the step and, when one is due, an audit of the policies as they are after it."""
     step = study.position.step
@@ -275,6 +282,7 @@ def watch(study: Study, monitor: Monitor, scored: Sequence[Episode], metrics: Ma
     def pay(episodes: Sequence[Episode], judgements: Mapping[str, Judgement]) -> list[Episode]:
         paid = reward(study, episodes, judgements).scored
         score_with_reward_model(study, paid)
+        apply_gates(paid, gates_in_force(study))
         return paid
 
     bench = bench_of(study.config, study.rules, study.chat, study.engines, study.verifier, pay)
