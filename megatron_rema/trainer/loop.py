@@ -438,6 +438,7 @@ def update(study: Study, policy: Policy, traces: Sequence[Trace], columns: dict[
             temperature=config.rollout.temperature,
             reference=policy.reference if config.algorithm.kl_estimator == "exact" else None,
             schedule_position=at,
+            with_energy=study.monitor is not None,
         )
         if metrics["train/skipped_updates"]:
             logprobs = label_logprobs(
