@@ -110,7 +110,7 @@ def findings(row: Mapping[str, Any], plan_use: Finding) -> list[Finding]:
 
 
 def hearing(episode: Episode, role: Role, number: int, message: str | None, *, chat: Chats, rules: DialogueRules) -> Trace:
-    """The role's view up to its turn ``number``, the only one labelled, as if ``message`` came from its partner last; None: what it heard."""
+    """The role's view up to its turn ``number``, which alone is labelled, as if its partner had said ``message`` last; None: as it was."""
     *before, turn = episode.turns_of(role)[: number + 1]
     view = tuple(token for own in before for token in (*own.context_token_ids, *own.completion.token_ids))
     context = turn.context_token_ids
