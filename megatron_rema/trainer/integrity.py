@@ -36,6 +36,8 @@ from megatron_rema.trainer.audit_arms import (
 from megatron_rema.trainer.bench import Bench
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
+from megatron_rema.trainer.whitebox import findings as white_box_findings
+from megatron_rema.trainer.whitebox import white_box
 from megatron_rema.types import Episode, Prompt
 
 KEPT_AUDITS = 4  # paired outcomes are accumulated over so many
@@ -171,6 +173,8 @@ class Monitor:
         self._obey(response)
         values = {f"integrity/audit/{f.audit}/{name}": float(value) for f in findings for name, value in f.values.items()}
         alarms = sum(finding.alarm for finding in findings)
+        if "scored_tokens" in row:
+            values["integrity/audit/scored_tokens"] = float(row["scored_tokens"])
         return values | {"integrity/audit/sampled_tokens": float(sampled), "integrity/audit/alarms": float(alarms)}
 
     def _obey(self, response: Response) -> None:
@@ -221,6 +225,8 @@ class Monitor:
         row["canaries"] = canary_rewards(problems, bench, (lambda episode: 0.0) if self.settings.oracle == "verdict" else self._gold_of)
         row["stripped"], row["stripped_phrases"] = stripped_rewards(full, bench)
         row["transcripts"] = transcripts(row, said)
+        if bench.score is not None:
+            row |= white_box(full, chat=bench.chat, rules=bench.rules, score=bench.score)
         return row, sampled
 
     def _gold_of(self, episode: Episode) -> float | None:
@@ -266,6 +272,8 @@ def findings_of(outcomes: Sequence[Mapping[str, Any]], oracle: str) -> list[Find
     if "no_plan" in answers[-1]:
         full, no_plan, swapped = _pairs(answers, "full", "no_plan", "swapped")
         found.append(audits.plan_use(full, no_plan, swapped))
+        if "plan_information" in outcomes[-1]:
+            found += white_box_findings(outcomes[-1], plan_use=found[-1])
         full, redacted = _pairs(answers, "full", "redacted")
         leaks, followed = ([item for row in recent for item in row[name]] for name in ("leaks", "followed"))
         found.append(audits.plan_leak(leaks, full, redacted, followed))

@@ -69,6 +69,7 @@ from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
 from megatron_rema.trainer.scoring import label_logprobs, scalars
 from megatron_rema.trainer.update import update_critic, update_policy
+from megatron_rema.trainer.whitebox import scorer
 from megatron_rema.types import Engine, Episode, Prompt, Role, Trace, Verdict
 
 # phase of a step -> its metric
@@ -285,7 +286,9 @@ def watch(study: Study, monitor: Monitor, scored: Sequence[Episode], metrics: Ma
         apply_gates(paid, gates_in_force(study))
         return paid
 
-    bench = bench_of(study.config, study.rules, study.chat, study.engines, study.verifier, pay)
+    tokens = study.config.trainer.microbatch_tokens
+    score = scorer(study.policies, study.engines, study.rules, study.constrain, microbatch_tokens=tokens)
+    bench = bench_of(study.config, study.rules, study.chat, study.engines, study.verifier, pay, score)
     if monitor.is_due(step, bench):
         with study.reporter.phase("audit"):
             found |= monitor.audit(step, bench, study.guard.steps() if study.guard is not None else ())
@@ -445,6 +448,7 @@ def update(study: Study, policy: Policy, traces: Sequence[Trace], columns: dict[
             temperature=config.rollout.temperature,
             reference=policy.reference if config.algorithm.kl_estimator == "exact" else None,
             schedule_position=at,
+            with_energy=study.monitor is not None,
         )
         if metrics["train/skipped_updates"]:
             logprobs = label_logprobs(
