@@ -165,7 +165,14 @@ class RewardConfig:
     gates: list[str] = field(default_factory=list)
     model_path: str | None = None  # a reward model (sequence-classification folder) that scores the reasoner's view of each episode
     model_weight: float = 1.0  # added to both roles' rewards: model_weight * score
-    model_ensemble: Literal["mean", "min"] = "mean"  # over the reward model's heads
+    model_ensemble: Literal["mean", "min", "uwo", "entropic"] = "mean"  # over the reward model's heads
+    model_ensemble_coef: Positive = 1.0  # uwo: lambda in mean - lambda variance; entropic: beta in -beta log mean exp(-r / beta)
+    component_dropout: Annotated[float, Field(ge=0, lt=1)] = (
+        0.0  # fraction of function's components that a prompt is not paid for in a step
+    )
+    length_debias: NonNegative = 0.0  # reward per token: this times what a role's tokens exceed the group's mean by is taken off
+    shaping: Literal["none", "par"] = "none"  # par: what a role earns in all becomes the mean of sigmoid(R - reference)
+    par_references: Count = 8  # taken from the rewards of the run's first step
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -183,6 +190,8 @@ class AlgorithmConfig:
     """The objective of one policy update (rema.md 2 and 3)."""
 
     advantage: Literal["grpo", "dr_grpo", "rloo", "ema", "reinforce_plus_plus", "gae"] = "grpo"  # gae builds a critic
+    # normalised: each component of the reward by its own mean and deviation inside the group, then summed (GDPO); needs grpo
+    advantage_components: Literal["sum", "normalised"] = "sum"
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9  # ema: of the running mean of each role's rewards, from step to step
     # Of the meta-thinker. ablated, swapped: reward with its plan - mean reward of counterfactual answers, whatever ``advantage`` is
     credit: Literal["outcome", "ablated", "swapped"] = "outcome"
@@ -506,6 +515,22 @@ def _check_credit(config: RunConfig) -> None:
 def _check_mitigations(config: RunConfig) -> None:
     if "plan_leak" in config.reward.gates and config.roles != tuple(Role):
         raise ConfigError("reward.gates holds plan_leak where nobody plans; it needs both roles: remove it.")
+    if config.reward.component_dropout > 0 and config.reward.function is None:
+        raise ConfigError(
+            f"reward.component_dropout is {config.reward.component_dropout} without reward.function, whose components it drops: set 0."
+        )
+    if config.algorithm.advantage_components == "sum":
+        return
+    name = "algorithm.advantage_components is normalised"
+    if config.algorithm.advantage != "grpo":
+        raise ConfigError(f"{name} with algorithm.advantage={config.algorithm.advantage}; it is grpo by component: set advantage=grpo.")
+    if config.reward.shaping == "par":
+        raise ConfigError(f"{name} with reward.shaping=par, which shapes the sum that is not looked at then: use one of them.")
+    if config.rollout.samples_per_plan > 1 or config.reward.scheme == "consistency":
+        raise ConfigError(
+            f"{name} with rollout.samples_per_plan {config.rollout.samples_per_plan}; what a plan shares with other answers is no part "
+            "of its own: set samples_per_plan=1, or advantage_components=sum."
+        )
 
 
 def _check_plans(config: RunConfig) -> None:

@@ -23,6 +23,7 @@ from megatron_rema.reward.functions import named_function
 from megatron_rema.reward.gates import Gate, apply_gates, gates_of
 from megatron_rema.reward.math_verifier import Judgement, VerifierPool
 from megatron_rema.reward.model_scorer import add_model_scores
+from megatron_rema.reward.shaping import debias_length, shape_by_references
 from megatron_rema.rollout.dataset import PromptStream
 from megatron_rema.rollout.dialogue import Chats, DialogueRules
 from megatron_rema.rollout.scheduler import starts_of
@@ -48,6 +49,7 @@ from megatron_rema.trainer.constraint import Constrain, constraint_of
 from megatron_rema.trainer.credit import (
     assign_advantages,
     chosen_for_training,
+    component_weights,
     generalized_advantages,
     group_by_prompt,
     informative_frac,
@@ -204,14 +206,20 @@ def step(study: Study) -> dict[str, float]:
     position.sampled_tokens += sampled
     for engine in study.engines.values():
         engine.sleep()
-    assigned = reward(study, played, judgements)
-    model_metrics = score_with_reward_model(study, assigned.scored) | apply_gates(assigned.scored, study.gates)
+    assigned = reward(study, played, judgements, component_dropout=config.reward.component_dropout)
+    reward_model_metrics = score_with_reward_model(study, assigned.scored)
+    shaping_metrics = shape(study, assigned.scored) | apply_gates(assigned.scored, study.gates)
     assigned, counterfactual = set_apart(assigned)
     share_plan_rewards(assigned.scored, scheme=config.reward.scheme)
     chosen = chosen_for_training(assigned.scored, config.rollout)
     if config.algorithm.advantage != "gae":  # a critic's advantages are per token: see score
         position.baselines = assign_advantages(
-            chosen, config.roles, config.algorithm, position.baselines, counterfactuals=counterfactual.scored
+            chosen,
+            config.roles,
+            config.algorithm,
+            position.baselines,
+            counterfactuals=counterfactual.scored,
+            weights=component_weights(config.reward),
         )
 
     metrics: dict[str, float] = {
@@ -231,7 +239,9 @@ def step(study: Study) -> dict[str, float]:
     if study.folder.writes:
         study.folder.episodes(position.step, (episode.to_json() for episode in played))
     episodes = [episode for episode in played if not episode.is_counterfactual]
-    metrics |= reward_metrics(assigned, judgements) | model_metrics | counterfactual_metrics(assigned, counterfactual)
+    metrics |= (
+        reward_metrics(assigned, judgements) | reward_model_metrics | shaping_metrics | counterfactual_metrics(assigned, counterfactual)
+    )
     metrics |= behaviour_metrics(episodes, config.task.finish_marker, json_actions=config.task.json_actions)
     metrics |= {name: reporter.seconds.get(phase, 0.0) for phase, name in _PHASES.items()}
     metrics |= {
@@ -247,8 +257,8 @@ def step(study: Study) -> dict[str, float]:
     return {"step": position.step, "weight_version": position.weight_version, "time_s": time.perf_counter() - begin, **metrics}
 
 
-def reward(study: Study, episodes: Sequence[Episode], judgements: Mapping[str, Judgement]) -> Assigned:
-    """What training pays for episodes, but for a reward model's score and the gates, which come after it."""
+def reward(study: Study, episodes: Sequence[Episode], judgements: Mapping[str, Judgement], *, component_dropout: float = 0.0) -> Assigned:
+    """What training pays for episodes, but for a reward model's score, shaping and the gates, which come after it."""
     settings, rollout = study.config.reward, study.config.rollout
     assigned = assign(
         episodes,
@@ -257,9 +267,21 @@ def reward(study: Study, episodes: Sequence[Episode], judgements: Mapping[str, J
         mask_unfinished_reward=settings.mask_unfinished_reward,
         function=named_function("reward.function", settings.function) if settings.function else None,
         weights=settings.weights,
+        component_dropout=component_dropout,
+        step=study.position.step,
     )
     penalise_overlong(assigned.scored, buffer_tokens=settings.overlong_buffer_tokens, max_tokens=rollout.max_episode_tokens)
     return assigned
+
+
+def shape(study: Study, episodes: Sequence[Episode]) -> dict[str, float]:
+    """What is done to whole rewards before episodes are compared. Audits see rewards without it: they play one episode a problem."""
+    settings, position = study.config.reward, study.position
+    debias_length(episodes, coefficient=settings.length_debias)
+    if settings.shaping == "none":
+        return {}
+    position.par_references, metrics = shape_by_references(episodes, position.par_references, count=settings.par_references)
+    return metrics
 
 
 def watch(study: Study, monitor: Monitor, scored: Sequence[Episode], metrics: Mapping[str, float]) -> dict[str, float]:
@@ -356,6 +378,7 @@ def score_with_reward_model(study: Study, episodes: Sequence[Episode]) -> dict[s
         study.members,
         weight=reward.model_weight,
         ensemble=reward.model_ensemble,
+        coefficient=reward.model_ensemble_coef,
         mask_unfinished_reward=reward.mask_unfinished_reward,
     )
 

@@ -67,6 +67,11 @@ class Position:
     weight_version: int = 0  # weight syncs done
     data: str = ""  # what the problems were drawn from (Source.content)
     baselines: dict[str, list[float]] = field(default_factory=dict)  # role -> [sum, weight] of its running mean (algorithm.advantage=ema)
+    par_references: dict[str, list[float]] = field(default_factory=dict)  # role -> rewards of the first step (reward.shaping=par)
+    kl_coefs: dict[str, float] = field(default_factory=dict)  # policy -> where its controller stands (algorithm.kl_target_nats)
+
+
+_ADDED = {"par_references", "kl_coefs"}  # what older checkpoints do not hold: of runs that had no need of it
 
 
 @dataclass
@@ -206,7 +211,7 @@ def load(path: Path, trained: Mapping[str, Trained]) -> Position:
         raise ValueError(f"checkpoint file {fault}. Nothing was restored; {offer}.")
     stored = read_state(path)
     _check_shape(path, stored.pop("architectures"), _architectures(trained))
-    if (strange := sorted(stored.keys() ^ asdict(Position()).keys())) != []:
+    if (strange := sorted((stored.keys() ^ asdict(Position()).keys()) - (_ADDED - stored.keys()))) != []:
         raise ValueError(f"checkpoint {path}: state.json has, or misses, {strange[0]}: another version of this package saved it; use that.")
     for name, one in trained.items():
         restored = dist_checkpointing.load(_sharded(one, is_loading=True), str(path / name))
