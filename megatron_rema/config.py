@@ -210,18 +210,22 @@ class AlgorithmConfig:
     kl_coef: NonNegative = 0.0  # > 0 keeps a frozen reference copy of each policy
     # k2, k3 (k1: metric only) of sampled tokens; exact: of whole distributions, the reference runs beside the policy in every update
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k3"
+    kl_target_nats: Positive | None = None  # per token, of train/kl_ref_nats: kl_coef is where a controller starts that aims at it
+    kl_horizon: Positive = 10000.0  # traces; the larger, the slower that controller
     reward_kl_coef: NonNegative = 0.0  # gae: takes this times the KL to the reference off the reward of every token
     reward_kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # of that KL
     entropy_coef: float = 0.0
+    chi2_coef: NonNegative = 0.0  # takes this times sqrt(chi-squared of the policy from the reference) off the objective
+    chi2_log_ratio_cap: Positive = 5.0  # nats of a whole trace, beyond which a log-ratio counts as this
 
     @property
     def needs_reference(self) -> bool:
-        return self.kl_coef > 0 or self.reward_kl_coef > 0
+        return self.kl_coef > 0 or self.reward_kl_coef > 0 or self.chi2_coef > 0
 
     @property
     def needs_ref_logprobs(self) -> bool:
         """The reference's log-probabilities of sampled tokens; with the exact KL no loss reads them, a KL in the reward still does."""
-        return self.reward_kl_coef > 0 or (self.kl_coef > 0 and self.kl_estimator != "exact")
+        return self.reward_kl_coef > 0 or self.chi2_coef > 0 or (self.kl_coef > 0 and self.kl_estimator != "exact")
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -468,6 +472,11 @@ def _check_objective(config: RunConfig) -> None:
         raise ConfigError(
             f"reward_model.bootstrap is true with reward_model.heads {config.reward_model.heads}; resampling makes heads differ and needs "
             "at least 2: raise heads or turn it off."
+        )
+    if algorithm.kl_target_nats is not None and algorithm.kl_coef == 0:
+        raise ConfigError(
+            f"algorithm.kl_target_nats is {algorithm.kl_target_nats} with algorithm.kl_coef 0, which no factor changes: set kl_coef to "
+            "where the controller begins."
         )
     if algorithm.kl_coef > 0 and algorithm.kl_estimator == "k1":
         raise ConfigError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_rema.algorithm.baseline import RunningMean, counterfactual_advantage, ema_baseline, plan_rewards
+from megatron_rema.algorithm.control import chi_squared_penalty
 from megatron_rema.algorithm.selection import informative_groups, within_success_rate
 from megatron_rema.algorithm.shaping import overlong_penalty
 from megatron_rema.config import AlgorithmConfig, RewardConfig, RolloutConfig
@@ -239,3 +240,28 @@ def generalized_advantages(
         **kl,
     )
     return {"advantages": list(masked_whiten(advantages_T, mask_T).split(sizes)), "returns": list(returns_T.split(sizes))}
+
+
+def penalise_divergence(
+    traces: Sequence[Trace], columns: Mapping[str, Sequence[Tensor]], algorithm: AlgorithmConfig
+) -> tuple[list[Tensor], dict[str, float]]:
+    """Column ``advantages``, [L-1] a trace, less the chi-squared penalty on every own token, and metrics.
+
+    Reads ``old_logprobs`` and ``ref_logprobs``, and ``advantages`` where a critic has given them; else those of the traces.
+    """
+    masks = [torch.tensor(trace.loss_mask[1:]) for trace in traces]
+    log_ratios_N = torch.stack(
+        [
+            (old_L - ref_L).masked_fill(~mask_L, 0.0).sum()
+            for old_L, ref_L, mask_L in zip(columns["old_logprobs"], columns["ref_logprobs"], masks, strict=True)
+        ]
+    )
+    penalty_N, chi2 = chi_squared_penalty(log_ratios_N, coef=algorithm.chi2_coef, log_ratio_cap=algorithm.chi2_log_ratio_cap)
+    given = columns.get("advantages") or [
+        torch.tensor([trace.advantages[turn] if turn >= 0 else 0.0 for turn in trace.turn_ids[1:]]) for trace in traces
+    ]
+    capped = (log_ratios_N > algorithm.chi2_log_ratio_cap).float().mean()
+    return [advantages_L + penalty * mask_L for advantages_L, penalty, mask_L in zip(given, penalty_N, masks, strict=True)], {
+        "train/chi2": chi2,
+        "train/chi2_capped_frac": float(capped),
+    }

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rema.algorithm.control import adapted_kl_coef
 from megatron_rema.config import RunConfig, TrainerConfig, as_mapping
 from megatron_rema.models.policy import ParallelModel
 from megatron_rema.planning.explain import settings
@@ -54,6 +55,7 @@ from megatron_rema.trainer.credit import (
     group_by_prompt,
     informative_frac,
     inside,
+    penalise_divergence,
     penalise_overlong,
     share_plan_rewards,
 )
@@ -406,6 +408,9 @@ def train_policy(study: Study, policy: Policy, episodes: Sequence[Episode]) -> d
         return {}
     with reporter.phase("score"):  # before the first update: all minibatches are scored by the policy that sampled them
         columns = score(study, policy, traces)
+    divergence: dict[str, float] = {}
+    if config.algorithm.chi2_coef > 0:
+        columns["advantages"], divergence = penalise_divergence(traces, columns, config.algorithm)
     results = []
     first = 0
     with reporter.phase("update", total=len(kept)):
@@ -420,10 +425,33 @@ def train_policy(study: Study, policy: Policy, episodes: Sequence[Episode]) -> d
     merged |= {name: float(sum(row[name] for row in results)) for name in merged if name.endswith("/skipped_updates")}
     if "sync/logprob_gap_max" in merged:
         merged["sync/logprob_gap_max"] = max(row["sync/logprob_gap_max"] for row in results)
+    merged |= divergence | control_kl(study, policy, merged, num_traces=len(traces))
     merged["train/dropped_traces"] = float(sum(map(len, parts)) - len(traces))
     if len(study.policies) == 1:
         return merged
     return {f"{name.split('/')[0]}/{policy.name}/{name.split('/', 1)[1]}": value for name, value in merged.items()}
+
+
+def kl_coef_of(study: Study, policy: Policy) -> float:
+    """The policy's KL coefficient in this step: the configured one, or where its controller stands."""
+    return study.position.kl_coefs.get(policy.name, study.config.algorithm.kl_coef)
+
+
+def control_kl(study: Study, policy: Policy, metrics: Mapping[str, float], *, num_traces: int) -> dict[str, float]:
+    """Move the policy's KL coefficient towards ``algorithm.kl_target_nats``, for the steps to come. Returns the one that this step had."""
+    algorithm = study.config.algorithm
+    if algorithm.kl_target_nats is None:
+        return {}
+    coef = kl_coef_of(study, policy)
+    if "train/kl_ref_nats" in metrics:  # not where the critic alone was updated
+        study.position.kl_coefs[policy.name] = adapted_kl_coef(
+            coef,
+            metrics["train/kl_ref_nats"],
+            target=algorithm.kl_target_nats,
+            num_traces=num_traces,
+            horizon=algorithm.kl_horizon,
+        )
+    return {"train/kl_coef": coef}
 
 
 def score(study: Study, policy: Policy, traces: Sequence[Trace]) -> dict[str, list[Tensor]]:
@@ -431,7 +459,7 @@ def score(study: Study, policy: Policy, traces: Sequence[Trace]) -> dict[str, li
     config = study.config
     tokens, temperature = config.trainer.microbatch_tokens, config.rollout.temperature
     columns: dict[str, list[Tensor]] = {}
-    if config.trainer.minibatches_per_step > 1 or config.algorithm.reward_kl_coef > 0:
+    if config.trainer.minibatches_per_step > 1 or config.algorithm.reward_kl_coef > 0 or config.algorithm.chi2_coef > 0:
         columns["old_logprobs"] = label_logprobs(policy.model, traces, temperature=temperature, microbatch_tokens=tokens)
     if config.algorithm.needs_ref_logprobs:
         columns["ref_logprobs"] = label_logprobs(policy.reference, traces, temperature=temperature, microbatch_tokens=tokens)
@@ -461,7 +489,7 @@ def update(study: Study, policy: Policy, traces: Sequence[Trace], columns: dict[
             policy.model,
             policy.optimizer,
             batches,
-            algorithm=config.algorithm,
+            algorithm=replace(config.algorithm, kl_coef=kl_coef_of(study, policy)),
             temperature=config.rollout.temperature,
             reference=policy.reference if config.algorithm.kl_estimator == "exact" else None,
             schedule_position=at,
