@@ -139,6 +139,7 @@ class RolloutConfig:
     success_low: Fraction = 0.0  # prompts whose fraction of right answers lies outside are not trained on (ReMA algorithm 1: 0.2 to 0.8)
     success_high: Fraction = 1.0
     max_draws: Count = 1  # > 1: draw prompts again until prompts_per_step of them are inside (dynamic sampling)
+    redact_plan_prob: Fraction = 0.0  # of training episodes, whose reasoner hears plans without their numbers and boxed answers
     max_rounds: Count = 8
     max_turn_tokens: Count = 32
     max_episode_tokens: Count = 1024
@@ -524,6 +525,10 @@ def _check_credit(config: RunConfig) -> None:
 def _check_mitigations(config: RunConfig) -> None:
     if "plan_leak" in config.reward.gates and config.roles != tuple(Role):
         raise ConfigError("reward.gates holds plan_leak where nobody plans; it needs both roles: remove it.")
+    if config.rollout.redact_plan_prob > 0 and config.roles != tuple(Role):
+        raise ConfigError(
+            f"rollout.redact_plan_prob is {config.rollout.redact_plan_prob} where nobody plans; it needs both roles: set it to 0."
+        )
     if config.reward.component_dropout > 0 and config.reward.function is None:
         raise ConfigError(
             f"reward.component_dropout is {config.reward.component_dropout} without reward.function, whose components it drops: set 0."

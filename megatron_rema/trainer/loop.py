@@ -27,6 +27,7 @@ from megatron_rema.reward.model_scorer import add_model_scores
 from megatron_rema.reward.shaping import debias_length, shape_by_references
 from megatron_rema.rollout.dataset import PromptStream
 from megatron_rema.rollout.dialogue import Chats, DialogueRules
+from megatron_rema.rollout.redaction import is_redacted
 from megatron_rema.rollout.scheduler import starts_of
 from megatron_rema.rollout.traces import traces_of
 from megatron_rema.trainer import state
@@ -253,6 +254,9 @@ def step(study: Study) -> dict[str, float]:
         "rollout/sampled_tokens_per_s": sampled / reporter.seconds["generate"],
         "rollout/prompts_taken": position.prompts_taken,
     }
+    if config.rollout.redact_plan_prob:
+        hidden = [is_redacted(config.seed, episode.episode_id, config.rollout.redact_plan_prob) for episode in episodes]
+        metrics["rollout/plan_redacted_frac"] = sum(hidden) / max(len(hidden), 1)
     alarm(study, metrics)
     if study.monitor is not None:
         metrics |= watch(study, study.monitor, assigned.scored, metrics)
@@ -341,6 +345,7 @@ def draw(study: Study) -> tuple[list[Prompt], list[Episode], dict[str, Judgement
     config, position = study.config, study.position
     rollout = config.rollout
     per_prompt = rollout.episodes_per_prompt + study.rules.num_counterfactuals
+    rules = replace(study.rules, redact_plan_prob=rollout.redact_plan_prob)  # evaluations and audits hear what was said
     prompts: list[Prompt] = []
     episodes: list[Episode] = []
     judgements: dict[str, Judgement] = {}
@@ -348,7 +353,7 @@ def draw(study: Study) -> tuple[list[Prompt], list[Episode], dict[str, Judgement
         prompts += study.stream.take(position.prompts_taken + len(prompts), rollout.prompts_per_step)
         played, judged = play_everywhere(
             starts_of(prompts, per_prompt)[len(episodes) :],  # a prompt drawn twice gets episodes of other numbers
-            rules=study.rules,
+            rules=rules,
             chat=study.chat,
             engines=study.engines,
             engine_tensor=config.engine.tensor,
