@@ -62,8 +62,11 @@ def greedy(rules: DialogueRules) -> DialogueRules:
 
 
 def proxy_of(episode: Episode) -> float:
-    """What training pays: mean over the rewarded roles of the sum of their turns' rewards."""
-    return fmean(map(sum, episode.turn_rewards.values())) if episode.turn_rewards else 0.0
+    """What training pays: mean over the rewarded roles of the sum of their turns' rewards, on the scale that it had before any shaping."""
+    shaping = episode.reward_parts.get(PAR, {})
+    return (
+        fmean(sum(rewards) - sum(shaping.get(role, ())) for role, rewards in episode.turn_rewards.items()) if episode.turn_rewards else 0.0
+    )
 
 
 def canary_rewards(problems: Sequence[Prompt], bench: Bench, worth: Callable[[Episode], float | None]) -> dict[str, dict[str, list[float]]]:
