@@ -2,8 +2,8 @@
 
 run_dir/clean_checkpoints/step_NNNNNN   as checkpoints/, the newest ``integrity.keep_clean_checkpoints`` of them
 
-A roll-back restores weights, optimizers, running baselines and KL coefficients. Step count, data position, sampled tokens and weight version go on, for
-what happened stays in the records; nothing is played twice.
+A roll-back restores weights, optimizers, running baselines and KL coefficients. Step count, data position, sampled tokens and weight
+version go on, for what happened stays in the records; nothing is played twice.
 """
 
 from __future__ import annotations
