@@ -161,6 +161,8 @@ class RewardConfig:
     # added to the last turn of whom it names. Must give the same on every rank.
     function: str | None = None
     weights: dict[str, float] = field(default_factory=dict)  # of components by name, ``outcome`` (the scheme's) among them; 1 otherwise
+    # Vetoes: ambiguous_answer, plan_leak, phrase:TEXT, or module:name of a function Episode -> bool. Whoever one concerns earns at most 0
+    gates: list[str] = field(default_factory=list)
     model_path: str | None = None  # a reward model (sequence-classification folder) that scores the reasoner's view of each episode
     model_weight: float = 1.0  # added to both roles' rewards: model_weight * score
     model_ensemble: Literal["mean", "min"] = "mean"  # over the reward model's heads
@@ -242,13 +244,17 @@ class OptimizerConfig:
 class IntegrityConfig:
     """Signals every step, audits on a budget, and what follows from them (docs/integrity.md)."""
 
-    mode: Literal["off", "monitor"] = "off"
+    mode: Literal["off", "monitor", "guard"] = "off"
     # Gold of an episode: verdict (right and finished, strictly read), or "module:name" of a function Episode -> float
     oracle: str = "verdict"
     audit_every: Count = 25  # steps; a signal that fires asks for an earlier one
     audit_problems: Count = 64  # at most; the first so many training problems of a shuffle of their own
     budget_frac: Annotated[float, Field(gt=0, le=1)] = 0.03  # audits sample at most this times what training samples
     start_steps: Count = 5  # first steps that signals compare with
+    # guard: what follows when this audit alarms and the verdict is a hack; "default" for those not named
+    ladder: dict[str, Literal["annotate", "shape", "quarantine", "roll_back"]] = field(default_factory=lambda: {"default": "annotate"})
+    max_roll_backs: Count = 2  # the next one ends the run
+    keep_clean_checkpoints: Count = 4  # of steps whose audit was clean: what a roll-back returns to
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -375,6 +381,7 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_templates(config)
     _check_objective(config)
     _check_credit(config)
+    _check_mitigations(config)
     _check_plans(config)
     _check_budgets(config)
 
@@ -498,6 +505,11 @@ def _check_credit(config: RunConfig) -> None:
             f"({rollout.episodes_per_prompt}) with algorithm.credit=swapped; each takes the plan of another episode of the prompt: "
             "lower it."
         )
+
+
+def _check_mitigations(config: RunConfig) -> None:
+    if "plan_leak" in config.reward.gates and config.roles != tuple(Role):
+        raise ConfigError("reward.gates holds plan_leak where nobody plans; it needs both roles: remove it.")
 
 
 def _check_plans(config: RunConfig) -> None:

@@ -24,6 +24,7 @@ SIGNALS = (
     "role_advantage_correlation",
     "signals_fired",
 )
+ALERT = ("step", "mechanism", "action", "gates", "back_to")
 
 
 def measured(folder: Path, setting: Setting) -> dict[str, Any]:
@@ -42,7 +43,8 @@ def measured(folder: Path, setting: Setting) -> dict[str, Any]:
         "curves": curves,
         "signals": {name: values for name, values in signals.items() if any(value is not None for value in values)},
         "audits": [_audit(row) for row in audits],
-        "alerts": [{"step": a["step"], "level": a["alert"].removeprefix("integrity_"), "mechanism": a["mechanism"]} for a in alerts],
+        "alerts": [{"level": a["alert"].removeprefix("integrity_"), **{name: a[name] for name in ALERT}} for a in alerts],
+        "kl": short(next((row["train/kl_ref_nats"] for row in reversed(rows) if "train/kl_ref_nats" in row), None)),
         "sampled_tokens": sum(row["rollout/sampled_tokens"] for row in rows),
         "audit_tokens": sum(row["sampled_tokens"] for row in audits),
         "step_s": short(sum(row["time_s"] for row in rows)),

@@ -13,13 +13,14 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rema.config import RunConfig, TrainerConfig, as_mapping
+from megatron_rema.config import RunConfig, as_mapping
 from megatron_rema.models.policy import ParallelModel
 from megatron_rema.planning.explain import settings
 from megatron_rema.report.page import write_report
 from megatron_rema.reward.assign import Assigned, assign, counterfactual_metrics, reward_metrics, set_apart
 from megatron_rema.reward.behaviour import behaviour_metrics
 from megatron_rema.reward.functions import named_function
+from megatron_rema.reward.gates import Gate, apply_gates, gates_of
 from megatron_rema.reward.math_verifier import Judgement, VerifierPool
 from megatron_rema.reward.model_scorer import add_model_scores
 from megatron_rema.rollout.dataset import PromptStream
@@ -27,6 +28,8 @@ from megatron_rema.rollout.dialogue import Chats, DialogueRules
 from megatron_rema.rollout.scheduler import starts_of
 from megatron_rema.rollout.traces import traces_of
 from megatron_rema.trainer import state
+from megatron_rema.trainer.alarms import Alarms
+from megatron_rema.trainer.bench import bench_of
 from megatron_rema.trainer.cast import (
     Layouts,
     Policy,
@@ -42,7 +45,7 @@ from megatron_rema.trainer.cast import (
     sync_weights,
     trained,
 )
-from megatron_rema.trainer.collect import judge_everywhere, play_everywhere
+from megatron_rema.trainer.collect import play_everywhere
 from megatron_rema.trainer.constraint import Constrain, constraint_of
 from megatron_rema.trainer.credit import (
     assign_advantages,
@@ -58,8 +61,9 @@ from megatron_rema.trainer.diagnosis import find_non_finite, tell_skipped
 from megatron_rema.trainer.evaluation import evaluate_sets, show
 from megatron_rema.trainer.experience import is_trainable, pack_for_rank
 from megatron_rema.trainer.faults import SkippedUpdates
+from megatron_rema.trainer.guard import Guard
 from megatron_rema.trainer.inputs import Inputs, Source
-from megatron_rema.trainer.integrity import Bench, Monitor, audit_problems
+from megatron_rema.trainer.integrity import Monitor, monitor_of
 from megatron_rema.trainer.preference import episode_scores
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
@@ -67,7 +71,6 @@ from megatron_rema.trainer.scoring import label_logprobs, scalars
 from megatron_rema.trainer.update import update_critic, update_policy
 from megatron_rema.types import Engine, Episode, Prompt, Role, Trace, Verdict
 
-UNCLIPPED_STEPS = 20  # after so many in a row an alert says that clipping never acts
 # phase of a step -> its metric
 _PHASES = {
     "generate": "rollout/generate_s",
@@ -99,9 +102,10 @@ class Study:
     reporter: Reporter
     position: state.Position
     skipped: SkippedUpdates
+    alarms: Alarms
     monitor: Monitor | None = None
+    guard: Guard | None = None
     members: dict[str, list[float]] = field(default_factory=dict)  # what each head of the reward model says of the step's episodes
-    steps_unclipped: int = 0  # in a row, since the start or the last resume
 
 
 def train(config: RunConfig, inputs: Inputs) -> None:
@@ -150,7 +154,9 @@ def train(config: RunConfig, inputs: Inputs) -> None:
                 reporter=reporter,
                 position=position,
                 skipped=SkippedUpdates(config.trainer.max_skipped_updates),
+                alarms=Alarms(config, folder, reporter),
                 monitor=monitor_of(config, inputs.prompts, folder, reporter, position.step),
+                guard=Guard(config.integrity, folder, step=position.step) if config.integrity.mode == "guard" else None,
             )
             run(study)
         for engine in engines.values():
@@ -166,11 +172,11 @@ def run(study: Study) -> None:
     if position.step == 0:
         evaluate(study)
     with reporter.run("train", total=trainer.steps, done=position.step), study.checkpoints.finished():
-        while not is_over(position, trainer):
+        while not is_over(study):
             metrics = step(study)
             study.folder.metrics(metrics)
             reporter.step_done(position.step, _headline(metrics))
-            last = is_over(position, trainer)
+            last = is_over(study)
             if last or (trainer.evaluate_every and position.step % trainer.evaluate_every == 0):
                 evaluate(study)
             if last or (trainer.checkpoint_every and position.step % trainer.checkpoint_every == 0):
@@ -187,7 +193,10 @@ def run(study: Study) -> None:
     finish(study)
 
 
-def is_over(position: state.Position, trainer: TrainerConfig) -> bool:
+def is_over(study: Study) -> bool:
+    position, trainer = study.position, study.config.trainer
+    if study.monitor is not None and study.monitor.response.ends:
+        return True
     return position.step >= trainer.steps or 0 < trainer.token_budget <= position.sampled_tokens
 
 
@@ -202,7 +211,7 @@ def step(study: Study) -> dict[str, float]:
     for engine in study.engines.values():
         engine.sleep()
     assigned = reward(study, played, judgements)
-    model_metrics = score_with_reward_model(study, assigned.scored)
+    model_metrics = score_with_reward_model(study, assigned.scored) | apply_gates(assigned.scored, gates_in_force(study))
     assigned, counterfactual = set_apart(assigned)
     share_plan_rewards(assigned.scored, scheme=config.reward.scheme)
     chosen = chosen_for_training(assigned.scored, config.rollout)
@@ -238,14 +247,14 @@ def step(study: Study) -> dict[str, float]:
         "rollout/sampled_tokens_per_s": sampled / reporter.seconds["generate"],
         "rollout/prompts_taken": position.prompts_taken,
     }
-    alarm(study, metrics)
+    study.alarms.look(position.step, metrics)
     if study.monitor is not None:
         metrics |= watch(study, study.monitor, assigned.scored, metrics)
     return {"step": position.step, "weight_version": position.weight_version, "time_s": time.perf_counter() - begin, **metrics}
 
 
 def reward(study: Study, episodes: Sequence[Episode], judgements: Mapping[str, Judgement]) -> Assigned:
-    """What training pays for episodes, but for a reward model's score."""
+    """What training pays for episodes, but for a reward model's score and the gates, which come after it."""
     settings, rollout = study.config.reward, study.config.rollout
     assigned = assign(
         episodes,
@@ -259,44 +268,42 @@ def reward(study: Study, episodes: Sequence[Episode], judgements: Mapping[str, J
     return assigned
 
 
+def gates_in_force(study: Study) -> list[Gate]:
+    """The configured ones, and those that audits have led to."""
+    found = study.monitor.response.gates if study.monitor is not None else ()
+    return gates_of([*dict.fromkeys((*study.config.reward.gates, *found))])
+
+
 def watch(study: Study, monitor: Monitor, scored: Sequence[Episode], metrics: Mapping[str, float]) -> dict[str, float]:
     """Signals of the step and, when one is due, an audit of the policies as they are after it."""
-    config, step = study.config, study.position.step
+    step = study.position.step
     found = monitor.observe(step, scored, metrics, study.members)
 
-    def play(prompts: Sequence[Prompt], rules: DialogueRules) -> tuple[list[Episode], dict[str, Judgement]]:
-        return play_everywhere(
-            starts_of(prompts, 1),
-            rules=rules,
-            chat=study.chat,
-            engines=study.engines,
-            engine_tensor=config.engine.tensor,
-            verifier=study.verifier,
-            seed=config.seed,
-            step=-1,
-            reporter=Reporter(speaks=False),
-        )
-
     def pay(episodes: Sequence[Episode], judgements: Mapping[str, Judgement]) -> list[Episode]:
-        scored = reward(study, episodes, judgements).scored
-        score_with_reward_model(study, scored)
-        return scored
+        paid = reward(study, episodes, judgements).scored
+        score_with_reward_model(study, paid)
+        apply_gates(paid, gates_in_force(study))
+        return paid
 
-    bench = Bench(study.rules, study.chat, play, lambda episodes: judge_everywhere(episodes, study.verifier), pay)
+    bench = bench_of(study.config, study.rules, study.chat, study.engines, study.verifier, pay)
     if monitor.is_due(step, bench):
         with study.reporter.phase("audit"):
-            found |= monitor.audit(step, bench)
+            found |= monitor.audit(step, bench, study.guard.steps() if study.guard is not None else ())
+            if study.guard is not None:
+                obey(study, study.guard, monitor)
         found["integrity/audit_s"] = study.reporter.seconds["audit"]
     return found
 
 
-def monitor_of(config: RunConfig, prompts: Sequence[Prompt], folder: RunFolder, reporter: Reporter, step: int) -> Monitor | None:
-    """The run's monitor, as it stood after ``step``; None with integrity.mode=off."""
-    if config.integrity.mode == "off":
-        return None
-    monitor = Monitor(config.integrity, audit_problems(prompts, config.integrity, config.seed), folder=folder, reporter=reporter)
-    monitor.restore(step)
-    return monitor
+def obey(study: Study, guard: Guard, monitor: Monitor) -> None:
+    """What the last audit led to, as far as it is done once: gates and shaping are `reward`'s business."""
+    back_to, position = monitor.response.back_to, study.position
+    if monitor.is_clean:
+        guard.keep(position, trained(study.policies))
+    elif back_to is not None:
+        guard.roll_back(back_to, position, trained(study.policies))
+        position.weight_version += 1
+        sync_weights(study.policies, study.engines, position.weight_version)
 
 
 def sampled_tokens(episodes: Sequence[Episode]) -> int:
@@ -491,32 +498,6 @@ def explain(config: RunConfig, reporter: Reporter) -> None:
     """What the settings amount to, before the first token is sampled; ``explain=true`` says more and starts nothing."""
     for line in settings(config, dist.get_world_size()):
         reporter.say(line)
-
-
-def alarm(study: Study, metrics: Mapping[str, float]) -> None:
-    """Engine and trainer must agree on what was sampled: a gap means stale weights, another precision or a broken map.
-
-    And a clip range that no ratio leaves in ``UNCLIPPED_STEPS`` steps of several updates each is no clip: at 0.2 a geometric turn ratio
-    hardly ever does (GSPO, whose ratio is of that kind, uses 3e-4).
-    """
-    clipped = [value for name, value in metrics.items() if name.endswith("_ratio_clipped_frac")]
-    if study.config.trainer.minibatches_per_step > 1 and clipped:
-        study.steps_unclipped = 0 if any(clipped) else study.steps_unclipped + 1
-        if study.steps_unclipped == UNCLIPPED_STEPS:
-            study.folder.alert({"step": study.position.step, "alert": "clip_never_acts", "steps": UNCLIPPED_STEPS})
-            study.reporter.say(
-                f"ALERT step {study.position.step}: no {study.config.algorithm.ratio_level} ratio was clipped in {UNCLIPPED_STEPS} steps; "
-                "lower algorithm.clip_low and clip_high if the clip is to hold the policy"
-            )
-    threshold = study.config.engine.logprob_gap_alarm
-    for name, value in metrics.items():
-        if name.endswith("logprob_gap_max") and not value <= threshold:
-            study.folder.alert(
-                {"step": study.position.step, "alert": "logprob_gap", "metric": name, "value": value, "threshold": threshold}
-            )
-            study.reporter.say(
-                f"ALERT step {study.position.step}: {name} is {value:.4g} nats, above engine.logprob_gap_alarm={threshold:g}"
-            )
 
 
 def finish(study: Study) -> None:
