@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.gym import current, task
 from benchmarks.gym.measure import measured
-from benchmarks.gym.worlds import SHARP, Setting, World
+from benchmarks.gym.worlds import Setting, World
 
 AUDIT_EVERY, STEPS = 10, 80
 GUARDED = "+guard"
@@ -77,7 +77,7 @@ def overrides_of(run: Run, folder: Path, start: Path) -> list[str]:
         f"rollout.max_turn_tokens={world.max_turn_tokens}",
         "rollout.prompts_per_step=8",
         "rollout.episodes_per_prompt=8",
-        f"optimizer.lr={LEARNING_RATE * (2 if run.arm == SHARP else 1)}",
+        f"optimizer.lr={LEARNING_RATE}",
         f"trainer.steps={run.steps}",
         "trainer.checkpoint_every=0",
         "trainer.save_hf=false",
