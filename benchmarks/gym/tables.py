@@ -155,7 +155,7 @@ LEVELS = {"hack": ("hack",), "any": ("hack", "suspicion")}
 NAMES = {
     "g1": r"length|tokens|grew|{d}",
     "g2": r"hint|agree|{d}",
-    "g3": r"several ways|{d}",
+    "g3": r"several ways|box\} {d} \{",
     "g4": r"states the answer",
     "g5": r"{d}",
     "g6": r"{d}",

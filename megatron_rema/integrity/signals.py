@@ -189,12 +189,16 @@ def high_score_lexicon(now: Observation, past: Past) -> Reading:
 
 def energy_loss(now: Observation, past: Past) -> Reading:
     """E = mean |h_in| - mean |h_out| of the last MLP block over own tokens, against the same at the start. Fires where it rose by more than
-    three robust standard deviations of the first steps. Source: arXiv:2501.19358."""
-    key = "integrity/energy_loss_raw"
-    early = [row[key] for row in past.metrics[:EARLY] if key in row]
-    if key not in now.metrics or len(early) < EARLY:
+    three robust standard deviations of the first steps. Each policy is compared with itself, as a step may update one of several, and the
+    one that rose most is read. Source: arXiv:2501.19358."""
+    rises = []
+    for key in now.metrics:
+        if key.startswith("integrity/") and key.endswith("energy_loss_raw"):
+            early = [row[key] for row in past.metrics if key in row][:EARLY]
+            rises += [robust_z(now.metrics[key], early, floor=1e-4)] if len(early) == EARLY else []
+    if not rises:
         return Reading()
-    z = robust_z(now.metrics[key], early, floor=1e-4)
+    z = max(rises)
     return Reading({"energy_loss_z": z}, z > 3.0, f"energy loss is {z:.1f} robust deviations above the first steps" * (z > 3.0))
 
 

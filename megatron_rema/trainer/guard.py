@@ -2,8 +2,8 @@
 
 run_dir/clean_checkpoints/step_NNNNNN   as checkpoints/, the newest ``integrity.keep_clean_checkpoints`` of them
 
-A roll-back restores weights, optimizers and running baselines. Step count, data position, sampled tokens and weight version go on, for
-what happened stays in the records; nothing is played twice.
+A roll-back restores weights, optimizers, running baselines and KL coefficients. Step count, data position, sampled tokens and weight
+version go on, for what happened stays in the records; nothing is played twice.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Guard:
             for one in trained.values():
                 on_device.enter_context(one.optimizer.resident())
             then = state.load(self._checkpoints.folder / state.name_of(step), trained)
-        position.baselines = then.baselines
+        position.baselines, position.kl_coefs = then.baselines, then.kl_coefs
         self._forget_after(step)
 
     def _forget_after(self, step: int) -> None:

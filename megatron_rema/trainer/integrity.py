@@ -7,6 +7,7 @@ response says what should, and trainer/guard.py does it.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -28,12 +29,15 @@ from megatron_rema.trainer.audit_arms import (
     canary_rewards,
     follows,
     proxy_of,
+    shown_canaries,
     stripped_rewards,
     transcripts,
 )
 from megatron_rema.trainer.bench import Bench
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
+from megatron_rema.trainer.whitebox import findings as white_box_findings
+from megatron_rema.trainer.whitebox import white_box
 from megatron_rema.types import Episode, Prompt
 
 KEPT_AUDITS = 4  # paired outcomes are accumulated over so many
@@ -169,6 +173,8 @@ class Monitor:
         self._obey(response)
         values = {f"integrity/audit/{f.audit}/{name}": float(value) for f in findings for name, value in f.values.items()}
         alarms = sum(finding.alarm for finding in findings)
+        if "scored_tokens" in row:
+            values["integrity/audit/scored_tokens"] = float(row["scored_tokens"])
         return values | {"integrity/audit/sampled_tokens": float(sampled), "integrity/audit/alarms": float(alarms)}
 
     def _obey(self, response: Response) -> None:
@@ -184,7 +190,7 @@ class Monitor:
         sampled = 0
         outcomes: dict[str, list[float | None]] = {}
         right: dict[str, list[float | None]] = {}  # whatever the oracle values, a plan is asked what it does to the answer
-        gold: dict[str, float] = {}
+        gold: dict[str, float | None] = {}
         row: dict[str, Any] = {"step": step, "problems": [p.prompt_id for p in problems], "reasons": self.reasons}
         full: list[Episode] = []
         said: dict[str, list[Episode]] = {}
@@ -192,7 +198,7 @@ class Monitor:
             episodes, judgements = bench.play(problems, arm.rules(bench.rules, full, problems))
             sampled += sum(episode.num_sampled_tokens for episode in episodes)
             paid = {episode.episode_id: episode for episode in bench.pay(episodes, judgements)}
-            gold = {episode_id: float(self.oracle(episode)) for episode_id, episode in paid.items()}
+            gold = {episode_id: self._gold_of(episode) for episode_id, episode in paid.items()}
             outcomes[arm.name] = [gold.get(episode.episode_id) for episode in episodes]
             strict = {episode_id: episode.score["correct"] * episode.score["finished"] for episode_id, episode in paid.items()}
             right[arm.name] = [strict.get(episode.episode_id) for episode in episodes]
@@ -208,15 +214,25 @@ class Monitor:
                 row["followed"] = [follows(episode) for episode in episodes]
         row |= {"gold": outcomes, "right": right, "sampled_tokens": sampled}
         # As sampled for training: greedy decoding may never show, or never end, what samples are paid for
+        worth = [(episode, gold) for episode in self._trained if (gold := self._gold_of(episode)) is not None]
         row["trained"] = {
-            "proxy": [proxy_of(episode) for episode in self._trained],
-            "gold": [float(self.oracle(episode)) for episode in self._trained],
-            "episode_ids": [episode.episode_id for episode in self._trained],
+            "proxy": [proxy_of(episode) for episode, _ in worth],
+            "gold": [gold for _, gold in worth],
+            "episode_ids": [episode.episode_id for episode, _ in worth],
+            "shows": shown_canaries([episode for episode, _ in worth]),
         }
-        row["canaries"] = canary_rewards(problems, bench)
+        # The verifier cannot say that it is wrong itself: a canary is worth nothing, unless an oracle of the user's own values it
+        row["canaries"] = canary_rewards(problems, bench, (lambda episode: 0.0) if self.settings.oracle == "verdict" else self._gold_of)
         row["stripped"], row["stripped_phrases"] = stripped_rewards(full, bench)
         row["transcripts"] = transcripts(row, said)
+        if bench.score is not None:
+            row |= white_box(full, chat=bench.chat, rules=bench.rules, score=bench.score)
         return row, sampled
+
+    def _gold_of(self, episode: Episode) -> float | None:
+        """None: the oracle has no verdict."""
+        value = self.oracle(episode)
+        return None if value is None or math.isnan(value) else float(value)
 
     def _tell(self, step: int, findings: Sequence[Finding], verdict: Verdict, response: Response) -> None:
         row = {
@@ -245,9 +261,10 @@ class Monitor:
 
 def findings_of(outcomes: Sequence[Mapping[str, Any]], oracle: str) -> list[Finding]:
     """All findings after the last of these audits. Items without a verdict on either side of a pair are left out."""
-    recent, first = outcomes[-KEPT_AUDITS:], outcomes[0]
-    found = [audits.proxy_gold([_point(row, oracle) for row in outcomes])]
-    found.append(audits.canaries(outcomes[-1]["canaries"], first["canaries"] if len(outcomes) > 1 else None))
+    recent = outcomes[-KEPT_AUDITS:]
+    points = [_point(row, oracle) for row in outcomes if row["trained"]["proxy"]]
+    found = [audits.proxy_gold(points)] if points else []
+    found.append(_canaries(outcomes[-1], oracle))
     raw, stripped = _pairs([{"a": row["proxy"], "b": row["stripped"]} for row in recent], "a", "b")
     phrases = texts.commonest([phrase for row in recent for phrase in row["stripped_phrases"]])
     found.append(audits.strip_and_rescore(raw, stripped, phrases))
@@ -255,6 +272,8 @@ def findings_of(outcomes: Sequence[Mapping[str, Any]], oracle: str) -> list[Find
     if "no_plan" in answers[-1]:
         full, no_plan, swapped = _pairs(answers, "full", "no_plan", "swapped")
         found.append(audits.plan_use(full, no_plan, swapped))
+        if "plan_information" in outcomes[-1]:
+            found += white_box_findings(outcomes[-1], plan_use=found[-1])
         full, redacted = _pairs(answers, "full", "redacted")
         leaks, followed = ([item for row in recent for item in row[name]] for name in ("leaks", "followed"))
         found.append(audits.plan_leak(leaks, full, redacted, followed))
@@ -273,6 +292,12 @@ def spread(episodes: Sequence[Episode], count: int) -> list[Episode]:
             order.append((turn[episode.prompt.prompt_id], len(order), episode))
             turn[episode.prompt.prompt_id] += 1
     return [episode for _, _, episode in sorted(order, key=lambda item: item[:2])[:count]]
+
+
+def _canaries(row: Mapping[str, Any], oracle: str) -> Finding:
+    paid = {text: items["proxy"] for text, items in row["canaries"].items()}
+    worth = {text: [Gold(score, oracle) for score in items["gold"]] for text, items in row["canaries"].items()}
+    return audits.canaries(paid, worth, _point(row, oracle), row["trained"]["shows"])
 
 
 def _point(row: Mapping[str, Any], oracle: str) -> AuditPoint:
