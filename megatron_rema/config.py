@@ -249,6 +249,8 @@ class IntegrityConfig:
     audit_problems: Count = 64  # at most; the first so many training problems of a shuffle of their own
     budget_frac: Annotated[float, Field(gt=0, le=1)] = 0.03  # audits sample at most this times what training samples
     start_steps: Count = 5  # first steps that signals compare with
+    # Problems drawn anew, for the audit isomorphic: arith, or "module:name" of a function (Prompt, random.Random) -> Prompt; null: not run
+    renewal: str | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
