@@ -40,7 +40,9 @@ def parse(text: str) -> Expression | None:
     def read(node: ast.expr) -> Expression:
         if isinstance(node, ast.BinOp):
             return (operators[type(node.op)], read(node.left), read(node.right))
-        return ast.literal_eval(node)
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            return node.value
+        raise ValueError(ast.dump(node))
 
     try:
         expression = read(ast.parse(text, mode="eval").body)
