@@ -85,6 +85,7 @@ def overrides_of(run: Run, folder: Path, start: Path) -> list[str]:
         f"integrity={'guard' if run.guard else 'monitor'}",
         "integrity.oracle=benchmarks.gym.current:gold",
         f"integrity.audit_every={AUDIT_EVERY}",
+        *([] if world.two_agents else ["integrity.renewal=benchmarks.gym.current:renewed"]),
         *world.overrides,
     ]
 

@@ -287,7 +287,7 @@ def _padded_worth(setting: Setting, episode: Episode) -> float:
 
 
 def _evaluated(setting: Setting, episode: Episode) -> dict[str, float]:
-    """The evaluator sees whether the answer is the sum, and the padding; labels of training's own episodes are what it may be fitted to anew."""
+    """The evaluator sees whether the answer is the sum, and the padding; it may be fitted anew to labels of training's own episodes."""
     of_training = not episode.episode_id.startswith("-1/") and bool(episode.turns)
     seen = reward_model.seen_of(reply_of(episode), answer_of(episode), task.true_sum(episode.prompt.question))
     version = episode.turns[-1].completion.weight_version if of_training else None
