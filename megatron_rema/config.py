@@ -265,6 +265,8 @@ class IntegrityConfig:
     audit_problems: Count = 64  # at most; the first so many training problems of a shuffle of their own
     budget_frac: Annotated[float, Field(gt=0, le=1)] = 0.03  # audits sample at most this times what training samples
     start_steps: Count = 5  # first steps that signals compare with
+    # Problems drawn anew, for the audit isomorphic: arith, or "module:name" of a function (Prompt, random.Random) -> Prompt; null: not run
+    renewal: str | None = None
     # guard: what follows when this audit alarms and the verdict is a hack; "default" for those not named
     ladder: dict[str, Literal["annotate", "shape", "quarantine", "roll_back"]] = field(default_factory=lambda: {"default": "annotate"})
     max_roll_backs: Count = 2  # the next one ends the run

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.gym import task
 from benchmarks.gym.worlds import Setting, paid
 from megatron_rema.types import Episode
 
@@ -32,11 +33,12 @@ def measured(folder: Path, setting: Setting) -> dict[str, Any]:
     audits = read(folder / "audits.jsonl")
     alerts = [row for row in read(folder / "alerts.jsonl") if str(row.get("alert", "")).startswith("integrity_")]
     curves: dict[str, list[float]] = {"proxy": [], "gold": [], "tokens": []}
+    proxy, gold = Balanced(setting.hard_frac), Balanced(setting.hard_frac)
     for row in rows:
         episodes = [Episode.from_json(e) for e in read(folder / "episodes" / f"step_{row['step']:06d}.jsonl")]
         scored = [e for e in episodes if e.turn_rewards]
-        curves["proxy"].append(short(fmean(map(paid, scored))))
-        curves["gold"].append(short(fmean(map(setting.gold, scored))))
+        curves["proxy"].append(short(proxy.mean(scored, paid)))
+        curves["gold"].append(short(gold.mean(scored, setting.gold)))
         curves["tokens"].append(short(fmean(e.num_sampled_tokens for e in scored)))
     signals = {name: [short(row.get(f"integrity/{name}")) for row in rows] for name in SIGNALS}
     return {
@@ -50,6 +52,23 @@ def measured(folder: Path, setting: Setting) -> dict[str, Any]:
         "step_s": short(sum(row["time_s"] for row in rows)),
         "audit_s": short(sum(row.get("integrity/audit_s", 0.0) for row in rows)),
     }
+
+
+class Balanced:
+    """Means with easy and hard questions in the proportion of the world: which of them the eight problems of a step are is luck. A step
+    without any of one kind stands where the last one with some stood."""
+
+    def __init__(self, hard_frac: float) -> None:
+        self._shares = {True: hard_frac, False: 1.0 - hard_frac}
+        self._means: dict[bool, float] = {}
+
+    def mean(self, episodes: Sequence[Episode], of: Callable[[Episode], float]) -> float:
+        for kind in self._shares:
+            values = [of(episode) for episode in episodes if task.is_hard(episode.prompt.question) is kind]
+            if values:
+                self._means[kind] = fmean(values)
+        known = {kind: share for kind, share in self._shares.items() if kind in self._means}
+        return sum(share * self._means[kind] for kind, share in known.items()) / sum(known.values())
 
 
 def _audit(row: Mapping[str, Any]) -> dict[str, Any]:

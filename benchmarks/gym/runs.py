@@ -20,11 +20,11 @@ from typing import Any
 
 from benchmarks.gym import current, task
 from benchmarks.gym.measure import measured
-from benchmarks.gym.worlds import SHARP, Setting, World
+from benchmarks.gym.worlds import Setting, World
 
 AUDIT_EVERY, STEPS = 10, 80
 GUARDED = "+guard"
-COLD_START_STEPS = 300
+COLD_START_STEPS = 600
 COMMON = (
     "task=arith",
     "engine=transformers",
@@ -77,7 +77,7 @@ def overrides_of(run: Run, folder: Path, start: Path) -> list[str]:
         f"rollout.max_turn_tokens={world.max_turn_tokens}",
         "rollout.prompts_per_step=8",
         "rollout.episodes_per_prompt=8",
-        f"optimizer.lr={LEARNING_RATE * (3 if run.arm == SHARP else 1)}",
+        f"optimizer.lr={LEARNING_RATE}",
         f"trainer.steps={run.steps}",
         "trainer.checkpoint_every=0",
         "trainer.save_hf=false",
@@ -85,6 +85,7 @@ def overrides_of(run: Run, folder: Path, start: Path) -> list[str]:
         f"integrity={'guard' if run.guard else 'monitor'}",
         "integrity.oracle=benchmarks.gym.current:gold",
         f"integrity.audit_every={AUDIT_EVERY}",
+        *([] if world.two_agents else ["integrity.renewal=benchmarks.gym.current:renewed"]),
         *world.overrides,
     ]
 

@@ -12,7 +12,7 @@ from statistics import fmean, median
 from scipy import stats
 
 from benchmarks.gym import scores
-from benchmarks.gym.runs import AUDIT_EVERY, GUARDED, LEARNING_RATE
+from benchmarks.gym.runs import AUDIT_EVERY, GUARDED
 from benchmarks.gym.scores import AUDITS, CONTROLS, SIGNALS, Row
 from benchmarks.gym.worlds import ACCUMULATE, CLEAN, HACK, REPLACE, SHARP, TWIN, WORLDS
 
@@ -26,9 +26,9 @@ What `integrity=monitor` makes of runs whose truth is known. Written by `python 
 **The gym.** {runs} runs of the project's own trainer (GRPO, one process) on a policy of 0.15 M parameters: {steps} steps of 64 short
 episodes, an audit every {every} steps, audits held to 3% of the sampled tokens. The transformers engine stands in for vLLM: it starts at
 once. The worlds are those of `benchmarks/gym/worlds.py`. *hack*: the proxy pays an exploit, drawn anew for every seed, that gold does not.
-*twin*: the same proxy and training, but gold is what is paid. *sharp*: proxy and gold are the right answer, easy questions, three times the
-learning rate ({lr:g} otherwise). Evaluated seeds: {evaluated}; thresholds come from seeds {calibration} alone, and no threshold that ships
-was changed after an evaluated seed was seen. Intervals: 95%, over seeds (Student's t for means, bootstrap for the rest).
+*twin*: the same proxy and training, but gold is what is paid. *sharp*: proxy and gold are the right answer, all questions easy. Evaluated
+seeds: {evaluated}; thresholds come from seeds {calibration} alone, and no threshold that ships was changed after an evaluated seed was
+seen. Intervals: 95%, over seeds (Student's t for means, bootstrap for the rest).
 """
 WIDE = 40  # characters of a mechanism that are shown
 
@@ -45,7 +45,6 @@ def write(
         runs=len(own) + len(before),
         steps=max(row["steps"] for row in own),
         every=AUDIT_EVERY,
-        lr=LEARNING_RATE,
         evaluated=_span(evaluated),
         calibration=_span(calibration),
     )

@@ -116,7 +116,7 @@ def response_of(
     )
 
 
-def change_point(audits: Sequence[Mapping[str, float]]) -> int:
+def change_point(cusums: Sequence[float]) -> int:
     """Index of the last audit at which the CUSUM of proxy minus gold stood at zero: what came later is where they part (Page 1954).
-    ``audits``: values of `audits.proxy_gold`, oldest first, at least one."""
-    return max((i for i, values in enumerate(audits) if values["cusum"] == 0.0), default=0)
+    ``cusums``: of `audits.proxy_gold`, oldest first."""
+    return max((i for i, value in enumerate(cusums) if value == 0.0), default=0)

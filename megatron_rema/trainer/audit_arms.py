@@ -25,15 +25,22 @@ class Arm:
     name: str
     # (the run's, episodes of arm full, problems) -> its own
     rules: Callable[[DialogueRules, Sequence[Episode], Sequence[Prompt]], DialogueRules]
+    ask: Callable[[Prompt], Prompt | None] = lambda prompt: prompt  # what is asked in a problem's place; None: nothing
 
 
-def arms_of(rules: DialogueRules) -> tuple[Arm, ...]:
-    """Those that make sense for these roles; ``full`` first. All are greedy, so that they differ by the edit alone."""
+def arms_of(rules: DialogueRules, renewed: Mapping[str, Prompt] | None = None) -> tuple[Arm, ...]:
+    """Those that make sense for these roles; ``full`` first. All are greedy, so that they differ by the edit alone. ``renewed``: prompt_id
+    -> the problem drawn anew."""
 
     def edited(edit: Callable[[Sequence[Episode], Sequence[Prompt]], Callable[[str, int, str], str]], **changes: Any):
         return lambda rules, full, problems: replace(greedy(rules), edit_plan=edit(full, problems), **changes)
 
-    arms = [Arm("full", lambda rules, full, problems: greedy(rules))]
+    def as_said(rules: DialogueRules, full: Sequence[Episode], problems: Sequence[Prompt]) -> DialogueRules:
+        return greedy(rules)
+
+    arms = [Arm("full", as_said)]
+    if renewed:
+        arms.append(Arm("renewed", as_said, lambda prompt: renewed.get(prompt.prompt_id)))
     if Role.META_THINKING not in rules.roles:
         return tuple(arms)
     arms += [
@@ -126,7 +133,7 @@ def stripped_rewards(full: Sequence[Episode], bench: Bench) -> tuple[list[float 
     return [paid.get(episode.episode_id) for episode in stripped], phrases
 
 
-def transcripts(row: Mapping[str, Any], said: Mapping[str, Sequence[Episode]]) -> list[dict[str, Any]]:
+def transcripts(row: Mapping[str, Any], said: Mapping[str, Sequence[Episode | None]]) -> list[dict[str, Any]]:
     """What was said in every arm, for the items that show most: paid more than they are worth, then plans that state the answer."""
 
     def shows(i: int) -> tuple[bool, bool]:
@@ -142,6 +149,7 @@ def transcripts(row: Mapping[str, Any], said: Mapping[str, Sequence[Episode]]) -
             "arms": {
                 name: {"gold": row["gold"][name][i], "turns": [[turn.role, turn.text] for turn in episodes[i].turns]}
                 for name, episodes in said.items()
+                if episodes[i] is not None
             },
         }
         for i in order

@@ -11,13 +11,11 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from megatron_rema.config import IntegrityConfig, RunConfig
-from megatron_rema.integrity import audits, texts
-from megatron_rema.integrity.audits import AuditPoint, Finding
-from megatron_rema.integrity.gold import Gold
+from megatron_rema.integrity.audits import Finding
 from megatron_rema.integrity.signals import SIGNALS, Past, Reading
 from megatron_rema.integrity.verdict import Action, Level, Response, Verdict, change_point, response_of, verdict_of
 from megatron_rema.integrity.view import Observation, rollouts_of
@@ -25,6 +23,7 @@ from megatron_rema.reward.behaviour import leaks_first
 from megatron_rema.reward.functions import named_function
 from megatron_rema.trainer.audit_arms import (
     FEWEST_PROBLEMS,
+    Arm,
     arms_of,
     canary_rewards,
     follows,
@@ -34,13 +33,14 @@ from megatron_rema.trainer.audit_arms import (
     transcripts,
 )
 from megatron_rema.trainer.bench import Bench
+from megatron_rema.trainer.findings import findings_of
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
-from megatron_rema.trainer.whitebox import findings as white_box_findings
 from megatron_rema.trainer.whitebox import white_box
 from megatron_rema.types import Episode, Prompt
 
-KEPT_AUDITS = 4  # paired outcomes are accumulated over so many
+RENEWALS = {"arith": "megatron_rema.tasks.arith:renewed"}  # short names of integrity.renewal
+RENEWAL_ATTEMPTS = 20
 Oracle = Callable[[Episode], float]
 
 
@@ -57,11 +57,42 @@ def audit_problems(prompts: Sequence[Prompt], settings: IntegrityConfig, seed: i
     return random.Random(f"audit/{seed}").sample(distinct, min(settings.audit_problems, len(distinct)))
 
 
+def renewed_problems(problems: Sequence[Prompt], known: set[str], renewal: str | None) -> dict[str, Prompt]:
+    """prompt_id -> the problem drawn anew, by the function that integrity.renewal names; a question that training knows is drawn again, and
+    a problem whose every draw it knows is left out. Raises ValueError where the function returns something else than a Prompt."""
+    if renewal is None:
+        return {}
+    draw = named_function("integrity.renewal", RENEWALS.get(renewal, renewal))
+    found = {}
+    for problem in problems:
+        for attempt in range(RENEWAL_ATTEMPTS):
+            anew = draw(problem, random.Random(f"renewed/{problem.prompt_id}/{attempt}"))
+            if not isinstance(anew, Prompt):
+                raise ValueError(
+                    f"integrity.renewal is {renewal!r}, which returned a {type(anew).__name__}; it must return a Prompt, the problem drawn "
+                    "anew with its answer: correct it, or set integrity.renewal=null."
+                )
+            if anew.question not in known:
+                found[problem.prompt_id] = replace(anew, prompt_id=f"renewed/{problem.prompt_id}")
+                break
+    return found
+
+
 class Monitor:
     """Watches one run."""
 
-    def __init__(self, settings: IntegrityConfig, prompts: Sequence[Prompt], *, folder: RunFolder, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        settings: IntegrityConfig,
+        prompts: Sequence[Prompt],
+        *,
+        folder: RunFolder,
+        reporter: Reporter,
+        renewed: Mapping[str, Prompt] | None = None,
+    ) -> None:
+        """``prompts``: what audits play, from the front; ``renewed``: prompt_id -> the problem drawn anew, where there is one."""
         self.settings, self.prompts, self.folder, self.reporter = settings, prompts, folder, reporter
+        self.renewed = renewed or {}
         self.oracle = oracle_of(settings.oracle)
         self.credit = 0.0  # tokens that audits may still sample
         self.readings: dict[str, Reading] = {}
@@ -138,10 +169,13 @@ class Monitor:
 
     # --- audits ------------------------------------------------------------------------------------------------------
 
+    def arms(self, bench: Bench) -> tuple[Arm, ...]:
+        return arms_of(bench.rules, self.renewed)
+
     def num_problems(self, bench: Bench) -> int:
         """How many problems the budget allows an audit of."""
         per_episode = self._metrics[-1]["rollout/sampled_tokens"] / max(self._metrics[-1]["rollout/episodes"], 1.0)
-        return min(len(self.prompts), int(self.credit / max(per_episode * len(arms_of(bench.rules)), 1.0)))
+        return min(len(self.prompts), int(self.credit / max(per_episode * len(self.arms(bench)), 1.0)))
 
     def is_due(self, step: int, bench: Bench) -> bool:
         """The first one after step 1; then every ``audit_every`` steps, or where a signal fired, as soon as the budget allows."""
@@ -158,7 +192,8 @@ class Monitor:
         self._outcomes.append(row)
         findings = findings_of(self._outcomes, self.settings.oracle)
         verdict = verdict_of(findings, self.readings, self._verdict)
-        parted = self._outcomes[change_point([*(row["proxy_gold"] for row in self._outcomes[:-1]), findings[0].values])]["step"]
+        row["cusum"] = next((finding.values["cusum"] for finding in findings if finding.audit == "proxy_gold"), 0.0)
+        parted = self._outcomes[change_point([row["cusum"] for row in self._outcomes])]["step"]
         response = response_of(
             verdict,
             self.response,
@@ -166,7 +201,7 @@ class Monitor:
             clean_steps=[clean for clean in clean_steps if clean <= parted],
             max_roll_backs=self.settings.max_roll_backs,
         )
-        row |= {"verdict": verdict.level, "mechanism": verdict.mechanism, "gate": verdict.gate, "proxy_gold": findings[0].values}
+        row |= {"verdict": verdict.level, "mechanism": verdict.mechanism, "gate": verdict.gate}
         row |= {"response": asdict(response)}
         self._tell(step, findings, verdict, response)
         self.reasons, self._verdict = [], verdict
@@ -190,28 +225,32 @@ class Monitor:
         sampled = 0
         outcomes: dict[str, list[float | None]] = {}
         right: dict[str, list[float | None]] = {}  # whatever the oracle values, a plan is asked what it does to the answer
-        gold: dict[str, float | None] = {}
         row: dict[str, Any] = {"step": step, "problems": [p.prompt_id for p in problems], "reasons": self.reasons}
         full: list[Episode] = []
-        said: dict[str, list[Episode]] = {}
-        for arm in arms_of(bench.rules):
-            episodes, judgements = bench.play(problems, arm.rules(bench.rules, full, problems))
-            sampled += sum(episode.num_sampled_tokens for episode in episodes)
-            paid = {episode.episode_id: episode for episode in bench.pay(episodes, judgements)}
-            gold = {episode_id: self._gold_of(episode) for episode_id, episode in paid.items()}
-            outcomes[arm.name] = [gold.get(episode.episode_id) for episode in episodes]
-            strict = {episode_id: episode.score["correct"] * episode.score["finished"] for episode_id, episode in paid.items()}
-            right[arm.name] = [strict.get(episode.episode_id) for episode in episodes]
+        said: dict[str, list[Episode | None]] = {}
+        for arm in self.arms(bench):
+            asked = [arm.ask(problem) for problem in problems]
+            prompts = [prompt for prompt in asked if prompt is not None]
+            played, judgements = bench.play(prompts, arm.rules(bench.rules, full, problems)) if prompts else ([], {})
+            sampled += sum(episode.num_sampled_tokens for episode in played)
+            known = {episode.episode_id for episode in bench.pay(played, judgements)}
+            following = iter(played)
+            episodes = [None if prompt is None else next(following) for prompt in asked]
+            paid = [episode if episode is not None and episode.episode_id in known else None for episode in episodes]
+            outcomes[arm.name] = [episode and self._gold_of(episode) for episode in paid]
+            right[arm.name] = [episode and episode.score["correct"] * episode.score["finished"] for episode in paid]
             said[arm.name] = episodes
             if arm.name == "full":
-                full = episodes
+                full = played
                 row |= {
-                    "proxy": [proxy_of(paid[e.episode_id]) if e.episode_id in paid else None for e in episodes],
-                    "episode_ids": [e.episode_id for e in episodes],
-                    "leaks": [leaks_first(e) for e in episodes],
+                    "proxy": [episode and proxy_of(episode) for episode in paid],
+                    "episode_ids": [episode.episode_id for episode in played],
+                    "leaks": [leaks_first(episode) for episode in played],
                 }
+            if arm.name == "renewed":
+                row["proxy_renewed"] = [episode and proxy_of(episode) for episode in paid]
             if arm.name == "wrong_answer":
-                row["followed"] = [follows(episode) for episode in episodes]
+                row["followed"] = [follows(episode) for episode in played]
         row |= {"gold": outcomes, "right": right, "sampled_tokens": sampled}
         # As sampled for training: greedy decoding may never show, or never end, what samples are paid for
         worth = [(episode, gold) for episode in self._trained if (gold := self._gold_of(episode)) is not None]
@@ -259,30 +298,6 @@ class Monitor:
         self.reporter.say(f"ALERT step {step}: integrity {verdict.level}: {verdict.statement}; {response.statement}")
 
 
-def findings_of(outcomes: Sequence[Mapping[str, Any]], oracle: str) -> list[Finding]:
-    """All findings after the last of these audits. Items without a verdict on either side of a pair are left out."""
-    recent = outcomes[-KEPT_AUDITS:]
-    points = [_point(row, oracle) for row in outcomes if row["trained"]["proxy"]]
-    found = [audits.proxy_gold(points)] if points else []
-    found.append(_canaries(outcomes[-1], oracle))
-    raw, stripped = _pairs([{"a": row["proxy"], "b": row["stripped"]} for row in recent], "a", "b")
-    phrases = texts.commonest([phrase for row in recent for phrase in row["stripped_phrases"]])
-    found.append(audits.strip_and_rescore(raw, stripped, phrases))
-    answers = [row["right"] for row in recent]
-    if "no_plan" in answers[-1]:
-        full, no_plan, swapped = _pairs(answers, "full", "no_plan", "swapped")
-        found.append(audits.plan_use(full, no_plan, swapped))
-        if "plan_information" in outcomes[-1]:
-            found += white_box_findings(outcomes[-1], plan_use=found[-1])
-        full, redacted = _pairs(answers, "full", "redacted")
-        leaks, followed = ([item for row in recent for item in row[name]] for name in ("leaks", "followed"))
-        found.append(audits.plan_leak(leaks, full, redacted, followed))
-    if "continued" in answers[-1]:
-        ended, continued = _pairs(answers, "full", "continued")
-        found.append(audits.forced_continuation(ended, continued))
-    return found
-
-
 def spread(episodes: Sequence[Episode], count: int) -> list[Episode]:
     """At most ``count`` of them, of as many problems as there are; counterfactual ones are left out."""
     turn: Counter[str] = Counter()
@@ -294,27 +309,12 @@ def spread(episodes: Sequence[Episode], count: int) -> list[Episode]:
     return [episode for _, _, episode in sorted(order, key=lambda item: item[:2])[:count]]
 
 
-def _canaries(row: Mapping[str, Any], oracle: str) -> Finding:
-    paid = {text: items["proxy"] for text, items in row["canaries"].items()}
-    worth = {text: [Gold(score, oracle) for score in items["gold"]] for text, items in row["canaries"].items()}
-    return audits.canaries(paid, worth, _point(row, oracle), row["trained"]["shows"])
-
-
-def _point(row: Mapping[str, Any], oracle: str) -> AuditPoint:
-    trained = row["trained"]
-    return AuditPoint(row["step"], trained["proxy"], [Gold(score, oracle) for score in trained["gold"]], trained["episode_ids"])
-
-
-def _pairs(rows: Sequence[Mapping[str, Sequence[float | None]]], *names: str) -> list[list[float]]:
-    """The columns ``names`` of all rows, end to end, where every one of them is known."""
-    items = [item for row in rows for item in zip(*(row[name] for name in names), strict=True) if None not in item]
-    return [list(column) for column in zip(*items, strict=True)] if items else [[] for _ in names]
-
-
 def monitor_of(config: RunConfig, prompts: Sequence[Prompt], folder: RunFolder, reporter: Reporter, step: int) -> Monitor | None:
     """The run's monitor, as it stood after ``step``; None with integrity.mode=off."""
     if config.integrity.mode == "off":
         return None
-    monitor = Monitor(config.integrity, audit_problems(prompts, config.integrity, config.seed), folder=folder, reporter=reporter)
+    problems = audit_problems(prompts, config.integrity, config.seed)
+    renewed = renewed_problems(problems, {prompt.question for prompt in prompts}, config.integrity.renewal)
+    monitor = Monitor(config.integrity, problems, folder=folder, reporter=reporter, renewed=renewed)
     monitor.restore(step)
     return monitor

@@ -261,8 +261,8 @@ def test_the_roll_back_after_the_last_ends_the_run():
 
 
 def test_proxy_and_gold_part_where_their_cusum_last_stood_at_zero():
-    assert change_point([{"cusum": c} for c in (0.0, 0.4, 0.0, 1.0, 4.0)]) == 2
-    assert change_point([{"cusum": c} for c in (0.0, 0.4)]) == 0
+    assert change_point([0.0, 0.4, 0.0, 1.0, 4.0]) == 2
+    assert change_point([0.0, 0.4]) == 0
 
 
 def test_a_finding_is_plain_json_without_gold():
