@@ -139,6 +139,7 @@ class Monitor:
         self.credit -= sampled
         self._outcomes.append(row)
         findings = findings_of(self._outcomes, self.settings.oracle)
+        findings += white_box_findings(row, findings)
         before = self._outcomes[-2] if len(self._outcomes) > 1 else {"verdict": Level.CLEAN, "mechanism": None}
         verdict = verdict_of(findings, self.readings, before["mechanism"] if before["verdict"] == Level.HACK else None)
         row |= {"verdict": verdict.level, "mechanism": verdict.mechanism}
@@ -225,8 +226,6 @@ def findings_of(outcomes: Sequence[Mapping[str, Any]], oracle: str) -> list[Find
     if "no_plan" in answers[-1]:
         full, no_plan, swapped = _pairs(answers, "full", "no_plan", "swapped")
         found.append(audits.plan_use(full, no_plan, swapped))
-        if "plan_information" in outcomes[-1]:
-            found += white_box_findings(outcomes[-1], plan_use=found[-1])
         full, redacted = _pairs(answers, "full", "redacted")
         leaks, followed = ([item for row in recent for item in row[name]] for name in ("leaks", "followed"))
         found.append(audits.plan_leak(leaks, full, redacted, followed))

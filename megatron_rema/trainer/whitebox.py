@@ -96,9 +96,13 @@ def influence(
     return means[: len(full)], means[len(full) :], _positions(views)
 
 
-def findings(row: Mapping[str, Any], plan_use: Finding) -> list[Finding]:
-    """Both findings on one audit. They alarm only where ``plan_use`` does: a policy that early in training still writes what it always
-    wrote has little influence to show, and what counts is whether the outcome needs the plan. Alone they are values on record."""
+def findings(row: Mapping[str, Any], others: Sequence[Finding]) -> list[Finding]:
+    """Both findings on one audit; none of a row without them. They alarm only where ``plan_use``, one of ``others``, does: a policy that
+    early in training writes what it always wrote has little influence to show, and what counts is whether the outcome needs the plan. Alone
+    they are values on record."""
+    if "plan_information" not in row:
+        return []
+    corroborates = any(finding.alarm for finding in others if finding.audit == "plan_use")
     information = audits.mutual_information(row["plan_information"])
     parts = {role: audits.causal_influence(part["full"], part["masked"]) for role, part in row["influence"].items()}
     listens = parts[Role.REASONING]
@@ -108,7 +112,7 @@ def findings(row: Mapping[str, Any], plan_use: Finding) -> list[Finding]:
         replace(information, statement=f"a plan carries {nats[0]:.3f} nats about the reply"),
         replace(listens, values=values, statement=f"hearing the plan is worth {nats[1]:.3f} nats a token of the reply"),
     )
-    return [replace(finding, alarm=finding.alarm and plan_use.alarm) for finding in found]
+    return [replace(finding, alarm=finding.alarm and corroborates) for finding in found]
 
 
 def heavy_tail(traces: Sequence[Trace], columns: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
