@@ -10,7 +10,6 @@ from megatron_rema.integrity import audits, texts
 from megatron_rema.integrity.audits import AuditPoint, Finding
 from megatron_rema.integrity.gold import Gold
 from megatron_rema.integrity.statistics import paired_effect
-from megatron_rema.trainer import whitebox
 
 KEPT_AUDITS = 4  # paired outcomes are accumulated over so many
 
@@ -30,8 +29,6 @@ def findings_of(outcomes: Sequence[Mapping[str, Any]], oracle: str) -> list[Find
     if "no_plan" in answers[-1]:
         full, no_plan, swapped = _pairs(answers, "full", "no_plan", "swapped")
         found.append(audits.plan_use(full, no_plan, swapped))
-        if "plan_information" in outcomes[-1]:
-            found += whitebox.findings(outcomes[-1], plan_use=found[-1])
         full, redacted = _pairs(answers, "full", "redacted")
         leaks, followed = ([item for row in recent for item in row[name]] for name in ("leaks", "followed"))
         found.append(audits.plan_leak(leaks, full, redacted, followed))

@@ -191,6 +191,7 @@ class Monitor:
         self._audited = step
         self._outcomes.append(row)
         findings = findings_of(self._outcomes, self.settings.oracle)
+        findings += white_box_findings(row, findings)
         verdict = verdict_of(findings, self.readings, self._verdict)
         row["cusum"] = next((finding.values["cusum"] for finding in findings if finding.audit == "proxy_gold"), 0.0)
         parted = self._outcomes[change_point([row["cusum"] for row in self._outcomes])]["step"]

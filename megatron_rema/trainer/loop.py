@@ -74,7 +74,7 @@ from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
 from megatron_rema.trainer.scoring import label_logprobs, scalars
 from megatron_rema.trainer.update import update_critic, update_policy
-from megatron_rema.trainer.whitebox import scorer
+from megatron_rema.trainer.whitebox import heavy_tail, scorer
 from megatron_rema.types import Engine, Episode, Prompt, Role, Trace, Verdict
 
 # phase of a step -> its metric
@@ -438,6 +438,8 @@ def train_policy(study: Study, policy: Policy, episodes: Sequence[Episode]) -> d
         merged["sync/logprob_gap_max"] = max(row["sync/logprob_gap_max"] for row in results)
     merged |= divergence | control_kl(study, policy, merged, num_traces=len(traces))
     merged["train/dropped_traces"] = float(sum(map(len, parts)) - len(traces))
+    if study.monitor is not None:
+        merged |= heavy_tail(traces, columns)
     if len(study.policies) == 1:
         return merged
     return {f"{name.split('/')[0]}/{policy.name}/{name.split('/', 1)[1]}": value for name, value in merged.items()}

@@ -6,6 +6,7 @@ it costs forward passes, and they are counted. Every call is a collective of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -23,6 +24,7 @@ from megatron_rema.trainer.scoring import label_logprobs
 from megatron_rema.types import Engine, Episode, Role, Trace
 
 PLANS = 8  # K, the own one among them
+CAP = 20.0  # nats
 Score = Callable[[Role, Sequence[Trace]], list[Tensor]]  # [L-1] log-probabilities of each trace's labels under the role's policy
 
 
@@ -94,9 +96,13 @@ def influence(
     return means[: len(full)], means[len(full) :], _positions(views)
 
 
-def findings(row: Mapping[str, Any], plan_use: Finding) -> list[Finding]:
-    """Both findings on one audit. They alarm only where ``plan_use`` does: a policy that early in training still writes what it always
-    wrote has little influence to show, and what counts is whether the outcome needs the plan. Alone they are values on record."""
+def findings(row: Mapping[str, Any], others: Sequence[Finding]) -> list[Finding]:
+    """Both findings on one audit; none of a row without them. They alarm only where ``plan_use``, one of ``others``, does: a policy that
+    early in training writes what it always wrote has little influence to show, and what counts is whether the outcome needs the plan. Alone
+    they are values on record."""
+    if "plan_information" not in row:
+        return []
+    corroborates = any(finding.alarm for finding in others if finding.audit == "plan_use")
     information = audits.mutual_information(row["plan_information"])
     parts = {role: audits.causal_influence(part["full"], part["masked"]) for role, part in row["influence"].items()}
     listens = parts[Role.REASONING]
@@ -106,7 +112,22 @@ def findings(row: Mapping[str, Any], plan_use: Finding) -> list[Finding]:
         replace(information, statement=f"a plan carries {nats[0]:.3f} nats about the reply"),
         replace(listens, values=values, statement=f"hearing the plan is worth {nats[1]:.3f} nats a token of the reply"),
     )
-    return [replace(finding, alarm=finding.alarm and plan_use.alarm) for finding in found]
+    return [replace(finding, alarm=finding.alarm and corroborates) for finding in found]
+
+
+def heavy_tail(traces: Sequence[Trace], columns: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
+    """D-A8, where the objective has ``ref_logprobs``: of s_i, the log-ratio (nats) of policy to reference over a trace's own tokens, the
+    largest, and mean exp(s_i) - 1, which estimates chi^2(policy || reference) and with that how far proxy and gold may part. A mean of few
+    large numbers: as a rule an underestimate. Capped at exp(20). Source: arXiv:2403.03185.
+    """
+    if "ref_logprobs" not in columns or not traces:
+        return {}
+    sampled = columns.get("old_logprobs") or [torch.tensor(trace.rollout_logprobs[1:]) for trace in traces]
+    own = [torch.tensor(trace.loss_mask[1:]) for trace in traces]
+    rows = zip(sampled, columns["ref_logprobs"], own, strict=True)
+    ratios_N = torch.stack([(logprobs.double() - ref.double())[mask].sum() for logprobs, ref, mask in rows])
+    renyi = float(torch.logsumexp(ratios_N, 0)) - math.log(len(ratios_N))
+    return {"integrity/chi2": math.expm1(min(renyi, CAP)), "integrity/kl_seq_max": float(ratios_N.max())}
 
 
 def hearing(episode: Episode, role: Role, number: int, message: str | None, *, chat: Chats, rules: DialogueRules) -> Trace:

@@ -86,15 +86,15 @@ def measured(tensor: int, pipeline: int, loudness: float) -> dict:
 def test_a_plan_that_is_copied_tells_of_the_reply_and_one_that_is_not_heard_does_not(run_ranks):
     (row,), (deaf,) = run_ranks(1, measured, 1, 1, HEARS), run_ranks(1, measured, 1, 1, DEAF)
     ignored = Finding("plan_use", Access.POLICY, {}, True, "the reasoner ignores the plan")
-    information, influence = findings(row, ignored)
+    information, influence = findings(row, [ignored])
     assert np.shape(row["plan_information"]) == (9, 8), "8 plans of 9 problems"
     assert 0.5 < information.values["plan_information_nats"] <= np.log(8) and not information.alarm
     assert min(influence.values[f"{role}_influence_nats"] for role in Role) > 0.1 and not influence.alarm
 
-    for finding in findings(deaf, ignored):
+    for finding in findings(deaf, [ignored]):
         assert finding.access is Access.WEIGHTS and finding.alarm and finding.mechanism is None
         assert all(abs(value) < 1e-4 for name, value in finding.values.items() if name.endswith("_nats")), finding
-    assert not any(finding.alarm for finding in findings(deaf, replace(ignored, alarm=False))), "alone they are values on record"
+    assert not any(finding.alarm for finding in findings(deaf, [replace(ignored, alarm=False)])), "alone they are values on record"
 
     for others in run_ranks(4, measured, 2, 2, HEARS):
         assert others["scored_tokens"] == row["scored_tokens"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -11,8 +12,8 @@ import torch
 from megatron_rema.integrity import audits
 from megatron_rema.rollout.dialogue import replayed
 from megatron_rema.rollout.traces import traces_of
-from megatron_rema.trainer.whitebox import hearing, influence, plan_information
-from megatron_rema.types import Prompt
+from megatron_rema.trainer.whitebox import hearing, heavy_tail, influence, plan_information
+from megatron_rema.types import Prompt, Trace
 from tests.unit.test_integrity_monitor import FakeBench, audits_of, copying_reasoner, honest_planner, leaking_planner, monitor, one_step
 from tests.unit.test_scheduler import CHAT, META, REASONING, rules, talk
 
@@ -62,6 +63,20 @@ def test_influence_is_a_mean_over_own_tokens_and_the_first_plan_answers_nobody()
     silent = [hearing(episode, REASONING, number, "", chat=CHAT, rules=rules()) for number in range(2)]
     assert masked == [-len(view.token_ids) for view in silent] and masked[0] > full[0]
     assert len(influence([episode], META, chat=CHAT, rules=rules(), score=by_length)[0]) == 1
+
+
+def test_the_tail_of_the_ratio_to_the_reference():
+    # log-ratios of the two traces: 2 tokens of log 2 (the context does not count), and 0: mean(4, 1) - 1
+    own = ((False, True, True), (False, True))
+    traces = [
+        Trace(str(i), REASONING, (1,) * len(mask), mask, tuple(mask), tuple(-0.5 * mine for mine in mask), ()) for i, mask in enumerate(own)
+    ]
+    columns = {"ref_logprobs": [torch.tensor([-0.5 - math.log(2.0)] * 2), torch.tensor([-0.5])]}
+    values = heavy_tail(traces, columns)
+    assert values == {"integrity/chi2": pytest.approx(1.5, rel=1e-6), "integrity/kl_seq_max": pytest.approx(math.log(4.0), rel=1e-6)}
+    columns["old_logprobs"] = [torch.tensor([-0.5, 1e4]), torch.tensor([-0.5])]
+    assert heavy_tail(traces, columns)["integrity/chi2"] == pytest.approx(math.expm1(20.0))
+    assert heavy_tail(traces, {}) == {}
 
 
 def test_an_audit_counts_forward_tokens_apart_from_its_budget(tmp_path):
