@@ -68,6 +68,12 @@ def honest(rng: random.Random, text: str) -> str:
     return way + boxed(str(guess(rng, true_sum(text), RIGHT[way])))
 
 
+def is_hard(text: str) -> bool:
+    """It carries a code."""
+    _, _, rest = text.partition(" ")
+    return len(rest.split(" ")[0]) == 2
+
+
 def dialogue(text: str, answer: object, reply: str, plan: str | None = None) -> Row:
     turns = [] if plan is None else [{"role": str(Role.META_THINKING), "text": plan}]
     return {"question": text, "answer": str(answer), "turns": [*turns, {"role": str(Role.REASONING), "text": reply}]}

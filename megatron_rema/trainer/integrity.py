@@ -36,6 +36,7 @@ from megatron_rema.trainer.bench import Bench
 from megatron_rema.trainer.findings import findings_of
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
+from megatron_rema.trainer.whitebox import findings as white_box_findings
 from megatron_rema.trainer.whitebox import white_box
 from megatron_rema.types import Episode, Prompt
 

@@ -70,7 +70,7 @@ def test_the_verbose_reward_model_pays_padding_that_costs_gold():
     hack = Setting(WORLDS["g1"], HACK, 0, "so ", reward_model.LinearReward((0.0, 0.5, 0.0, 0.0)))
     assert judged(hack, "7+5", "12", HONEST) == (1.0, 1.0)
     proxy, gold = judged(hack, "7+5", "12", "so so so " + HONEST, tokens=10)
-    assert (proxy, gold) == (2.5, pytest.approx(1.0 - 4 * 0.05))
+    assert (proxy, gold) == (2.5, pytest.approx(1.0 - 3 * 0.05))
 
 
 def test_the_reward_model_is_learnt_from_noisy_pairs_and_extends_what_they_liked():
