@@ -31,6 +31,8 @@ from megatron_rema.rollout.redaction import is_redacted
 from megatron_rema.rollout.scheduler import starts_of
 from megatron_rema.rollout.traces import traces_of
 from megatron_rema.trainer import state
+from megatron_rema.trainer.alarms import Alarms
+from megatron_rema.trainer.bench import bench_of
 from megatron_rema.trainer.cast import (
     Layouts,
     Policy,
@@ -46,7 +48,7 @@ from megatron_rema.trainer.cast import (
     sync_weights,
     trained,
 )
-from megatron_rema.trainer.collect import judge_everywhere, play_everywhere
+from megatron_rema.trainer.collect import play_everywhere
 from megatron_rema.trainer.constraint import Constrain, constraint_of
 from megatron_rema.trainer.credit import (
     assign_advantages,
@@ -65,7 +67,7 @@ from megatron_rema.trainer.evaluation import evaluate_sets, show
 from megatron_rema.trainer.experience import is_trainable, pack_for_rank
 from megatron_rema.trainer.faults import SkippedUpdates
 from megatron_rema.trainer.inputs import Inputs, Source
-from megatron_rema.trainer.integrity import Bench, Monitor, audit_problems
+from megatron_rema.trainer.integrity import Monitor, monitor_of
 from megatron_rema.trainer.preference import episode_scores
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
@@ -73,7 +75,6 @@ from megatron_rema.trainer.scoring import label_logprobs, scalars
 from megatron_rema.trainer.update import update_critic, update_policy
 from megatron_rema.types import Engine, Episode, Prompt, Role, Trace, Verdict
 
-UNCLIPPED_STEPS = 20  # after so many in a row an alert says that clipping never acts
 # phase of a step -> its metric
 _PHASES = {
     "generate": "rollout/generate_s",
@@ -105,10 +106,10 @@ class Study:
     reporter: Reporter
     position: state.Position
     skipped: SkippedUpdates
+    alarms: Alarms
     monitor: Monitor | None = None
     gates: list[Gate] = field(default_factory=list)  # in force now
     members: dict[str, list[float]] = field(default_factory=dict)  # what each head of the reward model says of the step's episodes
-    steps_unclipped: int = 0  # in a row, since the start or the last resume
 
 
 def train(config: RunConfig, inputs: Inputs) -> None:
@@ -157,6 +158,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
                 reporter=reporter,
                 position=position,
                 skipped=SkippedUpdates(config.trainer.max_skipped_updates),
+                alarms=Alarms(config, folder, reporter),
                 monitor=monitor_of(config, inputs.prompts, folder, reporter, position.step),
                 gates=gates_of(config.reward.gates),
             )
@@ -257,7 +259,7 @@ def step(study: Study) -> dict[str, float]:
     if config.rollout.redact_plan_prob:
         hidden = [is_redacted(config.seed, episode.episode_id, config.rollout.redact_plan_prob) for episode in episodes]
         metrics["rollout/plan_redacted_frac"] = sum(hidden) / max(len(hidden), 1)
-    alarm(study, metrics)
+    study.alarms.look(position.step, metrics)
     if study.monitor is not None:
         metrics |= watch(study, study.monitor, assigned.scored, metrics)
     return {"step": position.step, "weight_version": position.weight_version, "time_s": time.perf_counter() - begin, **metrics}
@@ -292,43 +294,21 @@ def shape(study: Study, episodes: Sequence[Episode]) -> dict[str, float]:
 
 def watch(study: Study, monitor: Monitor, scored: Sequence[Episode], metrics: Mapping[str, float]) -> dict[str, float]:
     """Signals of the step and, when one is due, an audit of the policies as they are after it."""
-    config, step = study.config, study.position.step
+    step = study.position.step
     found = monitor.observe(step, scored, metrics, study.members)
 
-    def play(prompts: Sequence[Prompt], rules: DialogueRules) -> tuple[list[Episode], dict[str, Judgement]]:
-        return play_everywhere(
-            starts_of(prompts, 1),
-            rules=rules,
-            chat=study.chat,
-            engines=study.engines,
-            engine_tensor=config.engine.tensor,
-            verifier=study.verifier,
-            seed=config.seed,
-            step=-1,
-            reporter=Reporter(speaks=False),
-        )
-
     def pay(episodes: Sequence[Episode], judgements: Mapping[str, Judgement]) -> list[Episode]:
-        scored = reward(study, episodes, judgements).scored
-        score_with_reward_model(study, scored)
-        apply_gates(scored, study.gates)
-        return scored
+        paid = reward(study, episodes, judgements).scored
+        score_with_reward_model(study, paid)
+        apply_gates(paid, study.gates)
+        return paid
 
-    bench = Bench(study.rules, study.chat, play, lambda episodes: judge_everywhere(episodes, study.verifier), pay)
+    bench = bench_of(study.config, study.rules, study.chat, study.engines, study.verifier, pay)
     if monitor.is_due(step, bench):
         with study.reporter.phase("audit"):
             found |= monitor.audit(step, bench)
         found["integrity/audit_s"] = study.reporter.seconds["audit"]
     return found
-
-
-def monitor_of(config: RunConfig, prompts: Sequence[Prompt], folder: RunFolder, reporter: Reporter, step: int) -> Monitor | None:
-    """The run's monitor, as it stood after ``step``; None with integrity.mode=off."""
-    if config.integrity.mode == "off":
-        return None
-    monitor = Monitor(config.integrity, audit_problems(prompts, config.integrity, config.seed), folder=folder, reporter=reporter)
-    monitor.restore(step)
-    return monitor
 
 
 def sampled_tokens(episodes: Sequence[Episode]) -> int:
@@ -551,32 +531,6 @@ def explain(config: RunConfig, reporter: Reporter) -> None:
     """What the settings amount to, before the first token is sampled; ``explain=true`` says more and starts nothing."""
     for line in settings(config, dist.get_world_size()):
         reporter.say(line)
-
-
-def alarm(study: Study, metrics: Mapping[str, float]) -> None:
-    """Engine and trainer must agree on what was sampled: a gap means stale weights, another precision or a broken map.
-
-    And a clip range that no ratio leaves in ``UNCLIPPED_STEPS`` steps of several updates each is no clip: at 0.2 a geometric turn ratio
-    hardly ever does (GSPO, whose ratio is of that kind, uses 3e-4).
-    """
-    clipped = [value for name, value in metrics.items() if name.endswith("_ratio_clipped_frac")]
-    if study.config.trainer.minibatches_per_step > 1 and clipped:
-        study.steps_unclipped = 0 if any(clipped) else study.steps_unclipped + 1
-        if study.steps_unclipped == UNCLIPPED_STEPS:
-            study.folder.alert({"step": study.position.step, "alert": "clip_never_acts", "steps": UNCLIPPED_STEPS})
-            study.reporter.say(
-                f"ALERT step {study.position.step}: no {study.config.algorithm.ratio_level} ratio was clipped in {UNCLIPPED_STEPS} steps; "
-                "lower algorithm.clip_low and clip_high if the clip is to hold the policy"
-            )
-    threshold = study.config.engine.logprob_gap_alarm
-    for name, value in metrics.items():
-        if name.endswith("logprob_gap_max") and not value <= threshold:
-            study.folder.alert(
-                {"step": study.position.step, "alert": "logprob_gap", "metric": name, "value": value, "threshold": threshold}
-            )
-            study.reporter.say(
-                f"ALERT step {study.position.step}: {name} is {value:.4g} nats, above engine.logprob_gap_alarm={threshold:g}"
-            )
 
 
 def finish(study: Study) -> None:

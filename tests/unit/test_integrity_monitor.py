@@ -17,7 +17,9 @@ from megatron_rema.reward.answers import quick_verdict
 from megatron_rema.reward.assign import assign
 from megatron_rema.reward.math_verifier import Judgement
 from megatron_rema.rollout.dialogue import Dialogue, DialogueRules
-from megatron_rema.trainer.integrity import Bench, Monitor, arms_of, audit_problems, spread
+from megatron_rema.trainer.audit_arms import arms_of
+from megatron_rema.trainer.bench import Bench
+from megatron_rema.trainer.integrity import Monitor, audit_problems, spread
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
 from megatron_rema.types import Completion, Episode, EpisodeStatus, Prompt, Role, StopReason

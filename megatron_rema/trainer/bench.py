@@ -1,0 +1,49 @@
+"""What audits play with: the run's own engines, verifier and reward function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_rema.config import RunConfig
+from megatron_rema.reward.math_verifier import Judgement, VerifierPool
+from megatron_rema.rollout.dialogue import Chats, DialogueRules
+from megatron_rema.rollout.scheduler import starts_of
+from megatron_rema.trainer.collect import judge_everywhere, play_everywhere
+from megatron_rema.trainer.progress import Reporter
+from megatron_rema.types import Engine, Episode, Prompt
+
+Judgements = Mapping[str, Judgement]
+Pay = Callable[[Sequence[Episode], Judgements], list[Episode]]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What audits play with: the run's own engines, verifier and reward function. Every call is a collective."""
+
+    rules: DialogueRules
+    chat: Chats
+    play: Callable[[Sequence[Prompt], DialogueRules], tuple[list[Episode], Judgements]]  # one episode a prompt
+    judge: Callable[[Sequence[Episode]], Judgements]
+    pay: Pay  # fills verdict, score and rewards; those without a verdict are left out
+
+
+def bench_of(
+    config: RunConfig, rules: DialogueRules, chat: Chats, engines: Mapping[str, Engine], verifier: VerifierPool, pay: Pay
+) -> Bench:
+    """The bench of a run. ``pay``: what training does to have its episodes rewarded."""
+
+    def play(prompts: Sequence[Prompt], rules: DialogueRules) -> tuple[list[Episode], Judgements]:
+        return play_everywhere(
+            starts_of(prompts, 1),
+            rules=rules,
+            chat=chat,
+            engines=engines,
+            engine_tensor=config.engine.tensor,
+            verifier=verifier,
+            seed=config.seed,
+            step=-1,
+            reporter=Reporter(speaks=False),
+        )
+
+    return Bench(rules, chat, play, lambda episodes: judge_everywhere(episodes, verifier), pay)
