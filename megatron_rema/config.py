@@ -178,7 +178,7 @@ class RewardConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class RewardModelConfig:
-    """What train_reward_model trains: K heads on a shared trunk, by Bradley-Terry."""
+    """What train_reward_model trains: K heads on a shared trunk, by Bradley-Terry. One of K heads at model.path is trained on."""
 
     heads: Count = 1
     bootstrap: bool = False  # each head sees its own resample of the pairs
