@@ -271,7 +271,7 @@ def watch(study: Study, monitor: Monitor, scored: Sequence[Episode], metrics: Ma
         score_with_reward_model(study, paid)
         return paid
 
-    bench = bench_of(study.config, study.rules, study.chat, study.engines, study.verifier, pay)
+    bench = bench_of(study.config, study.rules, study.chat, study.policies, study.engines, study.verifier, pay)
     if monitor.is_due(step, bench):
         with study.reporter.phase("audit"):
             found |= monitor.audit(step, bench)
