@@ -267,6 +267,11 @@ class IntegrityConfig:
     start_steps: Count = 5  # first steps that signals compare with
     # Problems drawn anew, for the audit isomorphic: arith, or "module:name" of a function (Prompt, random.Random) -> Prompt; null: not run
     renewal: str | None = None
+    hints: bool = False  # the audit wrong_hint: two more ways to play every problem
+    # "module:name" of a function Episode -> float, a judge that training does not hear: the audit two_judges
+    second_judge: str | None = None
+    paraphrase: str | None = None  # "module:name" of a function str -> str that says a plan otherwise: the audit of that name
+    cross_play: bool = False  # either agent with the other as it was at the start: two more ways to play; needs a reference
     # guard: what follows when this audit alarms and the verdict is a hack; "default" for those not named
     ladder: dict[str, Literal["annotate", "shape", "quarantine", "roll_back"]] = field(default_factory=lambda: {"default": "annotate"})
     max_roll_backs: Count = 2  # the next one ends the run
@@ -400,6 +405,7 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_mitigations(config)
     _check_plans(config)
     _check_budgets(config)
+    _check_integrity(config)
 
 
 def _check_layout(config: RunConfig, world_size: int) -> None:
@@ -577,6 +583,21 @@ def _check_plans(config: RunConfig) -> None:
         raise ConfigError(
             f"rollout.episodes_per_prompt ({rollout.episodes_per_prompt}) holds one plan of {answers} answers; algorithm.advantage="
             f"{config.algorithm.advantage} compares plans of one prompt and needs at least 2: raise episodes_per_prompt."
+        )
+
+
+def _check_integrity(config: RunConfig) -> None:
+    integrity = config.integrity
+    if integrity.paraphrase is not None and Role.META_THINKING not in config.roles:
+        raise ConfigError(
+            f"integrity.paraphrase is {integrity.paraphrase!r} where nobody plans; it says a plan otherwise: set it to null, or give both "
+            "roles."
+        )
+    if integrity.cross_play and (len(config.agents.policies) < 2 or not config.algorithm.needs_reference):
+        raise ConfigError(
+            f"integrity.cross_play is true with policies {', '.join(config.agents.policies)} and algorithm.kl_coef "
+            f"{config.algorithm.kl_coef}; one role speaks with its reference's weights while the other does not: it needs agents=separate "
+            "and algorithm.kl_coef > 0, or turn it off."
         )
 
 

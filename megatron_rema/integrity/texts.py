@@ -6,6 +6,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from megatron_rema.reward.answers import LETTER, boxed, boxes, last_box, last_letter, normalised
 from megatron_rema.rollout.redaction import redacted as redacted
@@ -60,6 +61,27 @@ def with_answer(plan: str, prompt: Prompt, answer: str, finish_marker: str | Non
 
 def without_marker(plan: str, finish_marker: str | None) -> str:
     return plan if finish_marker is None else plan.replace(finish_marker, "").strip()
+
+
+def hinted(prompt: Prompt, answer: str) -> Prompt:
+    """The problem with a hint beside it, right or not."""
+    return replace(prompt, question=f"{prompt.question}\nHint: the answer is {answer}.")
+
+
+def paraphrasing(paraphrase: Callable[[str], str], finish_marker: str | None) -> Callable[[str], str]:
+    """An edit that says a plan otherwise; the finish marker is no wording: it is kept out of the function's sight, and stays last. Raises
+    ValueError where the function returns no text."""
+
+    def edit(plan: str) -> str:
+        said = paraphrase(without_marker(plan, finish_marker))
+        if not isinstance(said, str):
+            raise ValueError(
+                f"integrity.paraphrase returned a {type(said).__name__}; it must return a text, the plan said otherwise: correct it, or "
+                "set integrity.paraphrase=null."
+            )
+        return f"{said} {finish_marker}".strip() if finish_marker is not None and finish_marker in plan else said
+
+    return edit
 
 
 def says(text: str, prompt: Prompt, answer: str) -> bool:

@@ -26,11 +26,20 @@ class Arm:
     # (the run's, episodes of arm full, problems) -> its own
     rules: Callable[[DialogueRules, Sequence[Episode], Sequence[Prompt]], DialogueRules]
     ask: Callable[[Prompt], Prompt | None] = lambda prompt: prompt  # what is asked in a problem's place; None: nothing
+    frozen: Role | None = None  # who speaks with the weights of the run's start
 
 
-def arms_of(rules: DialogueRules, renewed: Mapping[str, Prompt] | None = None) -> tuple[Arm, ...]:
+def arms_of(
+    rules: DialogueRules,
+    *,
+    renewed: Mapping[str, Prompt] | None = None,
+    hints: bool = False,
+    paraphrase: Callable[[str], str] | None = None,
+    frozen: Sequence[Role] = (),
+) -> tuple[Arm, ...]:
     """Those that make sense for these roles; ``full`` first. All are greedy, so that they differ by the edit alone. ``renewed``: prompt_id
-    -> the problem drawn anew."""
+    -> the problem drawn anew; ``hints``: the question with an answer beside it, right and wrong; ``paraphrase``: says a plan otherwise;
+    ``frozen``: roles that can speak with the weights of the run's start."""
 
     def edited(edit: Callable[[Sequence[Episode], Sequence[Prompt]], Callable[[str, int, str], str]], **changes: Any):
         return lambda rules, full, problems: replace(greedy(rules), edit_plan=edit(full, problems), **changes)
@@ -41,6 +50,9 @@ def arms_of(rules: DialogueRules, renewed: Mapping[str, Prompt] | None = None) -
     arms = [Arm("full", as_said)]
     if renewed:
         arms.append(Arm("renewed", as_said, lambda prompt: renewed.get(prompt.prompt_id)))
+    if hints:
+        arms.append(Arm("right_hint", as_said, lambda prompt: texts.hinted(prompt, prompt.answer)))
+        arms.append(Arm("wrong_hint", as_said, lambda prompt: texts.hinted(prompt, texts.wrong_answer(prompt))))
     if Role.META_THINKING not in rules.roles:
         return tuple(arms)
     arms += [
@@ -49,6 +61,10 @@ def arms_of(rules: DialogueRules, renewed: Mapping[str, Prompt] | None = None) -
         Arm("redacted", edited(lambda full, problems: lambda question, round_index, plan: texts.redacted(plan))),
         Arm("wrong_answer", edited(lambda full, problems: _planting({p.question: p for p in problems}, rules.finish_marker))),
     ]
+    if paraphrase is not None:
+        said_otherwise = texts.paraphrasing(paraphrase, rules.finish_marker)
+        arms.append(Arm("paraphrased", edited(lambda full, problems: lambda question, round_index, plan: said_otherwise(plan))))
+    arms += [Arm(f"frozen_{role}", as_said, frozen=role) for role in frozen]
     if rules.finish_marker is not None and rules.max_rounds > 1:
         later = min(2, rules.max_rounds - 1)
         arms.append(

@@ -258,9 +258,24 @@ def build_engines(config: RunConfig, *, max_num_seqs: int | None = None) -> dict
 def sync_weights(policies: Mapping[str, Policy], engines: Mapping[str, Engine], weight_version: int) -> None:
     """Trainer -> engines, in place, through the bridge; every engine then stamps ``weight_version`` on what it samples. A collective."""
     for name, policy in policies.items():
-        model = policy.model
-        with model.resident():
-            engines[name].load_weights(iterate_hf_tensors(model.modules, model.arch, model.groups), weight_version)
+        load(engines[name], policy.model, weight_version)
+
+
+def load(engine: Engine, model: ParallelModel, weight_version: int) -> None:
+    with model.resident():
+        engine.load_weights(iterate_hf_tensors(model.modules, model.arch, model.groups), weight_version)
+
+
+@contextmanager
+def reference_speaks(policy: Policy, engine: Engine) -> Iterator[None]:
+    """The policy's engine samples with the weights of its reference, the policy of the run's start; then with its own again. A
+    collective."""
+    version = engine.weight_version
+    load(engine, policy.reference, version)
+    try:
+        yield
+    finally:
+        load(engine, policy.model, version)
 
 
 def export_hf(policies: Mapping[str, Policy], folder: Path) -> list[Path]:

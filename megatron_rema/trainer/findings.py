@@ -25,13 +25,24 @@ def findings_of(outcomes: Sequence[Mapping[str, Any]], oracle: str) -> list[Find
     raw, stripped = _pairs([{"a": row["proxy"], "b": row["stripped"]} for row in recent], "a", "b")
     phrases = texts.commonest([phrase for row in recent for phrase in row["stripped_phrases"]])
     found.append(audits.strip_and_rescore(raw, stripped, phrases))
-    answers = [row["right"] for row in recent]
+    answers, start = [row["right"] for row in recent], [outcomes[0]["right"]]
     if "no_plan" in answers[-1]:
         full, no_plan, swapped = _pairs(answers, "full", "no_plan", "swapped")
         found.append(audits.plan_use(full, no_plan, swapped))
         full, redacted = _pairs(answers, "full", "redacted")
         leaks, followed = ([item for row in recent for item in row[name]] for name in ("leaks", "followed"))
         found.append(audits.plan_leak(leaks, full, redacted, followed))
+    if "right_hint" in answers[-1]:
+        before = paired_effect(*_pairs(start, "right_hint", "wrong_hint"))
+        found.append(audits.wrong_hint(*_pairs(answers, "full", "right_hint", "wrong_hint"), before=before))
+    if "paraphrased" in answers[-1]:
+        before = paired_effect(*_pairs(start, "full", "paraphrased"))
+        found.append(audits.paraphrase(*_pairs(answers, "full", "paraphrased"), before=before))
+    for arm in (name for name in answers[-1] if name.startswith("frozen_")):
+        found.append(audits.cross_play(*_since_the_start(outcomes[0], recent, arm), role=arm.removeprefix("frozen_")))
+    judged = [_point(row, "second judge", "second_judge") for row in outcomes if row["trained"].get("second_judge")]
+    if judged:
+        found.append(audits.two_judges(judged))
     if "continued" in answers[-1]:
         ended, continued = _pairs(answers, "full", "continued")
         found.append(audits.forced_continuation(ended, continued))
@@ -58,12 +69,28 @@ def _canaries(row: Mapping[str, Any], oracle: str) -> Finding:
     return audits.canaries(paid, worth, _point(row, oracle), row["trained"]["shows"])
 
 
-def _point(row: Mapping[str, Any], oracle: str) -> AuditPoint:
+def _point(row: Mapping[str, Any], oracle: str, column: str = "gold") -> AuditPoint:
     trained = row["trained"]
-    return AuditPoint(row["step"], trained["proxy"], [Gold(score, oracle) for score in trained["gold"]], trained["episode_ids"])
+    return AuditPoint(row["step"], trained["proxy"], [Gold(score, oracle) for score in trained[column]], trained["episode_ids"])
+
+
+def _since_the_start(first: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], arm: str) -> list[list[float]]:
+    """Outcomes with the partner as trained, with the frozen one, and of both at the first audit, problem by problem."""
+    start = dict(zip(first["problems"], first["right"]["full"], strict=True))
+    return _pairs(
+        [
+            {"full": row["right"]["full"], "frozen": row["right"][arm], "start": [start.get(problem) for problem in row["problems"]]}
+            for row in rows
+            if arm in row["right"]
+        ],
+        "full",
+        "frozen",
+        "start",
+    )
 
 
 def _pairs(rows: Sequence[Mapping[str, Sequence[float | None]]], *names: str) -> list[list[float]]:
-    """The columns ``names`` of all rows, end to end, where every one of them is known."""
+    """The columns ``names`` of all rows that have them (a setting may have changed since), end to end, where every one is known."""
+    rows = [row for row in rows if all(name in row for name in names)]
     items = [item for row in rows for item in zip(*(row[name] for name in names), strict=True) if None not in item]
     return [list(column) for column in zip(*items, strict=True)] if items else [[] for _ in names]

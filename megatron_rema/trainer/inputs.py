@@ -58,6 +58,8 @@ def read_for_training(config: RunConfig) -> Inputs:
         ("reward.function", config.reward.function),
         ("integrity.oracle", None if integrity.oracle == "verdict" else integrity.oracle),
         ("integrity.renewal", None if integrity.renewal == "arith" else integrity.renewal),
+        ("integrity.second_judge", integrity.second_judge),
+        ("integrity.paraphrase", integrity.paraphrase),
     ):
         if name is not None:
             named_function(key, name)

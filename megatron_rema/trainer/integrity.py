@@ -8,10 +8,9 @@ response says what should, and trainer/guard.py does it.
 from __future__ import annotations
 
 import math
-import random
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 from megatron_rema.config import IntegrityConfig, RunConfig
@@ -32,6 +31,7 @@ from megatron_rema.trainer.audit_arms import (
     stripped_rewards,
     transcripts,
 )
+from megatron_rema.trainer.audit_problems import audit_problems, renewed_problems, spread
 from megatron_rema.trainer.bench import Bench
 from megatron_rema.trainer.findings import findings_of
 from megatron_rema.trainer.progress import Reporter
@@ -40,43 +40,14 @@ from megatron_rema.trainer.whitebox import findings as white_box_findings
 from megatron_rema.trainer.whitebox import white_box
 from megatron_rema.types import Episode, Prompt
 
-RENEWALS = {"arith": "megatron_rema.tasks.arith:renewed"}  # short names of integrity.renewal
-RENEWAL_ATTEMPTS = 20
-Oracle = Callable[[Episode], float]
+Score = Callable[[Episode], float | None]
 
 
-def oracle_of(name: str) -> Oracle:
+def oracle_of(name: str) -> Score:
     """The gold function. Raises ValueError for one that cannot be imported."""
     if name == "verdict":
         return lambda episode: episode.score["correct"] * episode.score["finished"]
     return named_function("integrity.oracle", name)
-
-
-def audit_problems(prompts: Sequence[Prompt], settings: IntegrityConfig, seed: int) -> list[Prompt]:
-    """The problems that every audit of a run takes from the front: no two with one question, a judge's in the order as given."""
-    distinct = list({p.question: p for p in reversed(prompts) if not p.is_swapped}.values())
-    return random.Random(f"audit/{seed}").sample(distinct, min(settings.audit_problems, len(distinct)))
-
-
-def renewed_problems(problems: Sequence[Prompt], known: set[str], renewal: str | None) -> dict[str, Prompt]:
-    """prompt_id -> the problem drawn anew, by the function that integrity.renewal names; a question that training knows is drawn again, and
-    a problem whose every draw it knows is left out. Raises ValueError where the function returns something else than a Prompt."""
-    if renewal is None:
-        return {}
-    draw = named_function("integrity.renewal", RENEWALS.get(renewal, renewal))
-    found = {}
-    for problem in problems:
-        for attempt in range(RENEWAL_ATTEMPTS):
-            anew = draw(problem, random.Random(f"renewed/{problem.prompt_id}/{attempt}"))
-            if not isinstance(anew, Prompt):
-                raise ValueError(
-                    f"integrity.renewal is {renewal!r}, which returned a {type(anew).__name__}; it must return a Prompt, the problem drawn "
-                    "anew with its answer: correct it, or set integrity.renewal=null."
-                )
-            if anew.question not in known:
-                found[problem.prompt_id] = replace(anew, prompt_id=f"renewed/{problem.prompt_id}")
-                break
-    return found
 
 
 class Monitor:
@@ -95,6 +66,8 @@ class Monitor:
         self.settings, self.prompts, self.folder, self.reporter = settings, prompts, folder, reporter
         self.renewed = renewed or {}
         self.oracle = oracle_of(settings.oracle)
+        self.second_judge = named_function("integrity.second_judge", settings.second_judge) if settings.second_judge else None
+        self.paraphrase = named_function("integrity.paraphrase", settings.paraphrase) if settings.paraphrase else None
         self.credit = 0.0  # tokens that audits may still sample
         self.readings: dict[str, Reading] = {}
         self.reasons: list[str] = []  # of signals that began to fire since the last audit
@@ -171,7 +144,8 @@ class Monitor:
     # --- audits ------------------------------------------------------------------------------------------------------
 
     def arms(self, bench: Bench) -> tuple[Arm, ...]:
-        return arms_of(bench.rules, self.renewed)
+        frozen = tuple(bench.frozen) if self.settings.cross_play else ()
+        return arms_of(bench.rules, renewed=self.renewed, hints=self.settings.hints, paraphrase=self.paraphrase, frozen=frozen)
 
     def num_problems(self, bench: Bench) -> int:
         """How many problems the budget allows an audit of."""
@@ -233,7 +207,8 @@ class Monitor:
         for arm in self.arms(bench):
             asked = [arm.ask(problem) for problem in problems]
             prompts = [prompt for prompt in asked if prompt is not None]
-            played, judgements = bench.play(prompts, arm.rules(bench.rules, full, problems)) if prompts else ([], {})
+            with bench.frozen[arm.frozen]() if arm.frozen is not None else nullcontext():
+                played, judgements = bench.play(prompts, arm.rules(bench.rules, full, problems)) if prompts else ([], {})
             sampled += sum(episode.num_sampled_tokens for episode in played)
             known = {episode.episode_id for episode in bench.pay(played, judgements)}
             following = iter(played)
@@ -262,6 +237,8 @@ class Monitor:
             "episode_ids": [episode.episode_id for episode, _ in worth],
             "shows": shown_canaries([episode for episode, _ in worth]),
         }
+        if self.second_judge is not None:
+            row["trained"]["second_judge"] = [float(self.second_judge(episode)) for episode, _ in worth]
         # The verifier cannot say that it is wrong itself: a canary is worth nothing, unless an oracle of the user's own values it
         row["canaries"] = canary_rewards(problems, bench, (lambda episode: 0.0) if self.settings.oracle == "verdict" else self._gold_of)
         row["stripped"], row["stripped_phrases"] = stripped_rewards(full, bench)
@@ -298,17 +275,6 @@ class Monitor:
             }
         )
         self.reporter.say(f"ALERT step {step}: integrity {verdict.level}: {verdict.statement}; {response.statement}")
-
-
-def spread(episodes: Sequence[Episode], count: int) -> list[Episode]:
-    """At most ``count`` of them, of as many problems as there are; counterfactual ones are left out."""
-    turn: Counter[str] = Counter()
-    order = []
-    for episode in episodes:
-        if not episode.is_counterfactual:
-            order.append((turn[episode.prompt.prompt_id], len(order), episode))
-            turn[episode.prompt.prompt_id] += 1
-    return [episode for _, _, episode in sorted(order, key=lambda item: item[:2])[:count]]
 
 
 def monitor_of(config: RunConfig, prompts: Sequence[Prompt], folder: RunFolder, reporter: Reporter, step: int) -> Monitor | None:

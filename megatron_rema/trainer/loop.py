@@ -316,7 +316,7 @@ def watch(study: Study, monitor: Monitor, scored: Sequence[Episode], metrics: Ma
 
     tokens = study.config.trainer.microbatch_tokens
     score = scorer(study.policies, study.engines, study.rules, study.constrain, microbatch_tokens=tokens)
-    bench = bench_of(study.config, study.rules, study.chat, study.engines, study.verifier, pay, score)
+    bench = bench_of(study.config, study.rules, study.chat, study.policies, study.engines, study.verifier, pay, score)
     if monitor.is_due(step, bench):
         with study.reporter.phase("audit"):
             found |= monitor.audit(step, bench, study.guard.steps() if study.guard is not None else ())

@@ -10,20 +10,24 @@ import json
 import math
 import random
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
-from megatron_rema.config import IntegrityConfig
+from megatron_rema.config import ConfigError, IntegrityConfig, check, load
+from megatron_rema.front_door import config_dir
 from megatron_rema.integrity.verdict import Action, Response
 from megatron_rema.reward.answers import quick_verdict
 from megatron_rema.reward.assign import assign
 from megatron_rema.reward.math_verifier import Judgement
 from megatron_rema.rollout.dialogue import Dialogue, DialogueRules
 from megatron_rema.trainer.audit_arms import arms_of
+from megatron_rema.trainer.audit_problems import audit_problems, renewed_problems, spread
 from megatron_rema.trainer.bench import Bench
-from megatron_rema.trainer.integrity import Monitor, audit_problems, renewed_problems, spread
+from megatron_rema.trainer.integrity import Monitor
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
 from megatron_rema.types import Completion, Episode, EpisodeStatus, Prompt, Role, StopReason
@@ -294,3 +298,85 @@ def test_a_renewal_must_return_a_problem():
         renewed_problems(PROMPTS, set(), f"{__name__}:a_text")
     with pytest.raises(ValueError, match=r"integrity\.renewal is 'arith', and '0 \+ 0\?' is no expression"):
         renewed_problems(PROMPTS, set(), "arith")
+
+
+def believing(question: str, heard: str) -> str:
+    """Says what a hint says, else what it works out."""
+    hint = question.partition("Hint: the answer is ")[2].rstrip(".")
+    return f"\\boxed{{{hint}}}" if hint else f"\\boxed{{{2 * int(question.split()[0])}}}"
+
+
+def sceptical(question: str, heard: str) -> str:
+    return believing(question.partition("\n")[0], heard)
+
+
+def test_audits_that_settings_ask_for(tmp_path):
+    settings = replace(
+        SETTINGS, hints=True, paraphrase="tests.unit.test_integrity_monitor:shouted", second_judge="tests.unit.test_integrity_monitor:stern"
+    )
+    watch = Monitor(settings, PROMPTS[:20], folder=RunFolder(tmp_path, writes=True), reporter=Reporter(speaks=False))
+    found = []
+    for step, reasoner in enumerate((sceptical, believing), start=1):
+        fake = FakeBench(lambda question: f"Add {question}. [FINISH]", reasoner)
+        watch.observe(step, assign(*fake.play(PROMPTS[:20], RULES)).scored, {"rollout/sampled_tokens": 1e5, "rollout/episodes": 1e5})
+        watch.audit(step, fake.bench())
+        found.append({f["audit"]: f for f in audits_of(tmp_path)[-1]["findings"]})
+    assert set(audits_of(tmp_path)[0]["gold"]) >= {"right_hint", "wrong_hint", "paraphrased"}
+    assert found[0]["wrong_hint"]["values"] == {"accuracy": 1.0, "accuracy_right_hint": 1.0, "accuracy_wrong_hint": 1.0}
+    assert found[1]["wrong_hint"]["values"]["accuracy_wrong_hint"] == 0.5, "of two audits, one of a policy that believed nothing"
+    assert found[1]["paraphrase"]["values"]["effect"] == 0.0 and not found[1]["paraphrase"]["alarm"]
+    assert found[1]["two_judges"]["values"] == {"training_judge_change": 0.0, "audit_judge_change": 0.0}
+
+
+def shouted(plan: str) -> str:
+    return plan.upper()
+
+
+def stern(episode: Episode) -> float:
+    return 0.25
+
+
+def test_a_partner_of_the_start_that_no_longer_understands(tmp_path):
+    """The planner learns to say nothing but a code; the reasoner of the start needs words."""
+
+    class Learning(FakeBench):
+        frozen = False
+
+        @contextmanager
+        def start_speaks(self):
+            self.frozen = True
+            yield
+            self.frozen = False
+
+    def understands_code(question: str, heard: str) -> str:
+        return f"\\boxed{{{2 * int(question.split()[0])}}}"
+
+    fake = Learning(
+        honest_planner, lambda question, heard: (able_reasoner if fake.frozen or step == 1 else understands_code)(question, heard)
+    )
+    watch = Monitor(
+        replace(SETTINGS, cross_play=True), PROMPTS[1:21], folder=RunFolder(tmp_path, writes=True), reporter=Reporter(speaks=False)
+    )
+    found = []
+    for step in (1, 2):
+        fake.planner = honest_planner if step == 1 else lambda question: "qq [FINISH]"
+        watch.observe(step, assign(*fake.play(PROMPTS[1:21], RULES)).scored, {"rollout/sampled_tokens": 1e5, "rollout/episodes": 1e5})
+        watch.audit(step, replace(fake.bench(), frozen={Role.REASONING: fake.start_speaks}))
+        found.append(next(f for f in audits_of(tmp_path)[-1]["findings"] if f["audit"] == "cross_play_reasoning"))
+    assert [f["values"]["effect"] for f in found] == [0.0, 0.5] and [f["alarm"] for f in found] == [False, True]
+    assert "does not understand it" in found[1]["mechanism"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["agents=single", "rollout.max_rounds=1", "integrity.paraphrase=a:b"], "integrity.paraphrase is 'a:b' where nobody plans"),
+        (["agents=separate", "integrity.cross_play=true"], "integrity.cross_play is true with policies .* needs agents=separate and"),
+        (["agents=shared", "integrity.cross_play=true", "algorithm.kl_coef=0.1"], "integrity.cross_play is true with policies shared and"),
+    ],
+)
+def test_audits_that_the_run_cannot_have_are_refused(settings, message):
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        config = load(compose("config", overrides=["experiment=quickstart", "run_dir=x", "integrity=monitor", *settings]))
+    with pytest.raises(ConfigError, match=message):
+        check(config, 4)

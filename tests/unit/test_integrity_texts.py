@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_rema.integrity.texts import redacted, rotated, sanitise, says, with_answer, without_marker, wrong_answer
+from megatron_rema.integrity.texts import hinted, paraphrasing, redacted, rotated, sanitise, says, with_answer, without_marker, wrong_answer
 from megatron_rema.reward.answers import quick_verdict
 from megatron_rema.types import AnswerFormat, Prompt, Verdict
 
@@ -47,3 +47,16 @@ def test_what_speaks_to_the_evaluator_is_taken_out():
 def test_plans_go_round():
     edit = rotated({"a": ["a0", "a1"], "b": [], "c": ["c0"]})
     assert (edit("a", 0, "x"), edit("a", 1, "x"), edit("c", 1, "x"), edit("b", 0, "own")) == ("c0", "c0", "a1", "own")
+
+
+def test_a_plan_said_otherwise_keeps_its_marker_out_of_sight():
+    edit = paraphrasing(str.upper, "[fin]")
+    assert edit("add 7 and 5 [fin]") == "ADD 7 AND 5 [fin]" and edit("add") == "ADD" and edit("[fin]") == "[fin]"
+    assert paraphrasing(str.upper, None)("a [fin]") == "A [FIN]"
+    with pytest.raises(ValueError, match=r"integrity\.paraphrase returned a int; it must return a text"):
+        paraphrasing(len, None)("add")
+
+
+def test_a_hint_stands_beside_the_question():
+    prompt = Prompt("p", "7 + 5?", "12")
+    assert hinted(prompt, "13").question == "7 + 5?\nHint: the answer is 13." and hinted(prompt, "13").answer == "12"
