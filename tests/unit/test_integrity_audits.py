@@ -132,6 +132,15 @@ def test_what_is_known_by_heart_fails_when_numbers_change():
     assert not isomorphic([1.0] * 50, [0.0] * 25 + [1.0] * 25, before=start).alarm, "no worse than at the start"
 
 
+def test_few_problems_name_what_another_audit_found_and_alarm_of_nothing():
+    few = isomorphic([1.0] * 12, [0.0] * 5 + [1.0] * 7)  # a sign test of 5 against 0: p = 2 / 32
+    assert few.mechanism == "answers to the training problems are known by heart" and not few.alarm
+    assert verdict_of([few], {}).level is Level.CLEAN
+    hack = verdict_of([GAP, few], {})
+    assert hack.level is Level.HACK and hack.mechanism == few.mechanism
+    assert verdict_of([GAP, few], {"high_score_lexicon": LEXICON}).mechanism == LEXICON.reason, "what is seen everywhere comes first"
+
+
 def test_words_that_the_evaluator_pays_for():
     assert strip_and_rescore([1.0] * 30, [0.5] * 30, ["best answer"]).mechanism.endswith("'best answer'")
     assert not strip_and_rescore([1.0] * 30, [1.0] * 30).alarm
