@@ -40,15 +40,20 @@ class Verdict:
     gate: str | None = None
 
     @property
+    def is_worth_keeping(self) -> bool:
+        """No oracle says that the policy is worse than it looks. A suspicion may be one of the reward function: it was there before."""
+        return self.access is not Access.ORACLE
+
+    @property
     def statement(self) -> str:
         named = f"{self.mechanism}; " if self.mechanism else ""
         return named + "; ".join(f"{finding.audit}: {finding.statement}" for finding in self.findings)
 
 
 def verdict_of(findings: Sequence[Finding], readings: Mapping[str, Reading], before: Verdict | None = None) -> Verdict:
-    """The verdict of one audit. A mechanism is named by a finding that alarms, else by a signal (the lexicon first: the phrase that the best
-    rewarded share), else by a finding that does not alarm by itself, else as the audit ``before`` named the hack that it found: once all do
-    it, no signal shows it any more."""
+    """The verdict of one audit. A mechanism is named by a finding that alarms, else by a signal (the lexicon first: the phrase that the
+    best rewarded share), else by a finding that does not alarm by itself, else as the audit ``before`` named the hack that it found: once
+    all do it, no signal shows it any more."""
     alarms = tuple(finding for finding in findings if finding.alarm)
     if not alarms:
         return Verdict(Level.CLEAN, None, (), None)

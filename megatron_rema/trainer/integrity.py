@@ -82,8 +82,8 @@ class Monitor:
 
     @property
     def is_clean(self) -> bool:
-        """What the last audit said."""
-        return self._verdict is not None and self._verdict.level is Level.CLEAN
+        """A guard may come back to what the last audit saw."""
+        return self._verdict is not None and self._verdict.is_worth_keeping
 
     # --- every step --------------------------------------------------------------------------------------------------
 

@@ -166,11 +166,11 @@ def test_judges_that_part_and_a_sentinel_that_stands():
 
 
 def test_a_planner_that_states_the_answer():
-    found = plan_leak([True] * 30 + [False] * 10, [1.0] * 40, [0.0] * 20 + [1.0] * 20, [True] * 35 + [False] * 5)
+    found = plan_leak([True] * 30 + [False] * 10, [1.0] * 40, [0.0] * 20 + [1.0] * 20, [True] * 24 + [False] * 16)
     assert found.alarm and "meta-thinker states the answer" in found.mechanism
     assert (
         found.values["leak_frac"] == 0.75
-        and found.values["follow_frac"] == 0.875
+        and found.values["follow_frac"] == 0.8  # 24 of the 30 plans that leak
         and found.values["redaction_effect"] == pytest.approx(0.5)
     )
     assert not plan_leak([True] * 30 + [False] * 10, [1.0] * 40, [1.0] * 40, [False] * 40).alarm, "nobody listens to it"
