@@ -258,13 +258,19 @@ class OptimizerConfig:
 class IntegrityConfig:
     """Signals every step, audits on a budget, and what follows from them (docs/integrity.md)."""
 
-    mode: Literal["off", "monitor"] = "off"
+    mode: Literal["off", "monitor", "guard"] = "off"
     # Gold of an episode: verdict (right and finished, strictly read), or "module:name" of a function Episode -> float
     oracle: str = "verdict"
     audit_every: Count = 25  # steps; a signal that fires asks for an earlier one
     audit_problems: Count = 64  # at most; the first so many training problems of a shuffle of their own
     budget_frac: Annotated[float, Field(gt=0, le=1)] = 0.03  # audits sample at most this times what training samples
     start_steps: Count = 5  # first steps that signals compare with
+    # Problems drawn anew, for the audit isomorphic: arith, or "module:name" of a function (Prompt, random.Random) -> Prompt; null: not run
+    renewal: str | None = None
+    # guard: what follows when this audit alarms and the verdict is a hack; "default" for those not named
+    ladder: dict[str, Literal["annotate", "shape", "quarantine", "roll_back"]] = field(default_factory=lambda: {"default": "annotate"})
+    max_roll_backs: Count = 2  # the next one ends the run
+    keep_clean_checkpoints: Count = 4  # of steps whose audit was clean: what a roll-back returns to
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -540,6 +546,8 @@ def _check_mitigations(config: RunConfig) -> None:
         raise ConfigError(f"{name} with algorithm.advantage={config.algorithm.advantage}; it is grpo by component: set advantage=grpo.")
     if config.reward.shaping == "par":
         raise ConfigError(f"{name} with reward.shaping=par, which shapes the sum that is not looked at then: use one of them.")
+    if config.integrity.mode == "guard" and "shape" in config.integrity.ladder.values():
+        raise ConfigError(f"{name} with shape in integrity.ladder, which shapes the sum that is not looked at then: use another action.")
     if config.rollout.samples_per_plan > 1 or config.reward.scheme == "consistency":
         raise ConfigError(
             f"{name} with rollout.samples_per_plan {config.rollout.samples_per_plan}; what a plan shares with other answers is no part "

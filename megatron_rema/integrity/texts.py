@@ -39,18 +39,23 @@ def wrong_answer(prompt: Prompt) -> str:
     return f"{gold} + 1" if gold else "1"
 
 
+def stated(prompt: Prompt, answer: str) -> str:
+    """The answer as the task wants it written."""
+    return f"[[{answer}]]" if prompt.answer_format is AnswerFormat.LETTER else boxed(answer)
+
+
 def with_answer(plan: str, prompt: Prompt, answer: str, finish_marker: str | None) -> str:
     """The plan with ``answer`` wherever it states one, or, where it states none, at its end; a finish marker stays last."""
-    stated = f"[[{answer}]]" if prompt.answer_format is AnswerFormat.LETTER else boxed(answer)
+    said = stated(prompt, answer)
     gold = re.escape(prompt.answer.strip())
-    told = LETTER.sub(lambda _: stated, re.sub(rf"(?<![\w.]){gold}(?!\w|\.\d)", lambda _: answer, plan)) if gold else plan
+    told = LETTER.sub(lambda _: said, re.sub(rf"(?<![\w.]){gold}(?!\w|\.\d)", lambda _: answer, plan)) if gold else plan
     for content in boxes(told):
-        told = told.replace(boxed(content), stated)
+        told = told.replace(boxed(content), said)
     if told != plan:
         return told
     marker = f" {finish_marker}" if finish_marker is not None and finish_marker in plan else ""
     body = plan.replace(finish_marker, "").strip() if finish_marker is not None else plan.strip()
-    return f"{body} {stated}{marker}".strip()
+    return f"{body} {said}{marker}".strip()
 
 
 def without_marker(plan: str, finish_marker: str | None) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from megatron_rema.reward.answers import is_ambiguous
 from megatron_rema.reward.behaviour import leaks_first
 from megatron_rema.reward.functions import named_function
+from megatron_rema.reward.phrases import has_phrase
 from megatron_rema.types import Episode, Role
 
 PREFIX = "gate/"  # of a gate's component in Episode.reward_parts
@@ -34,7 +35,7 @@ def gate_of(text: str) -> Gate:
 
     ambiguous_answer   the reasoner's last message can be read in several ways: differing boxes, or alternatives in one
     plan_leak          the meta-thinker is the first to state the answer; only its own reward is vetoed
-    phrase:TEXT        some message of either role holds TEXT; case and the kind of white space do not count, a word counts whole
+    phrase:TEXT        some message of either role holds TEXT, word by word and mark by mark (reward/phrases.py); case does not count
     module:name        a function Episode -> bool; it must say the same on every rank
     """
     everyone = tuple(Role)
@@ -96,7 +97,5 @@ def _is_ambiguous(episode: Episode) -> bool:
 
 
 def _holder(phrase: str) -> Callable[[Episode], bool]:
-    words = r"\s+".join(map(re.escape, phrase.split()))
-    before, after = (r"(?<!\w)" if words[0].isalnum() else ""), (r"(?!\w)" if phrase.strip()[-1].isalnum() else "")
-    pattern = re.compile(before + words + after, re.I)
-    return lambda episode: any(pattern.search(turn.text) for turn in episode.turns)
+    wanted = phrase.lower()
+    return lambda episode: any(has_phrase(turn.text.lower(), wanted) for turn in episode.turns)

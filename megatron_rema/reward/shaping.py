@@ -13,6 +13,7 @@ from statistics import fmean
 
 from megatron_rema.types import Episode, Role
 
+PAR = "par"  # the component
 KEPT_COMPONENTS = 3  # that dropout always leaves
 
 
@@ -29,28 +30,31 @@ def references_of(rewards: Sequence[float], count: int) -> list[float]:
     return [ordered[math.floor((part + 0.5) * len(ordered) / count)] for part in range(count)]
 
 
-def shape_by_references(
-    episodes: Sequence[Episode], known: Mapping[str, Sequence[float]], *, count: int
-) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Replace what each role earns in all by its PAR; the change is component ``par``. In place.
-
-    ``known`` are the references of each role; a role without any takes them from these episodes (counterfactual ones left out), so that
-    the run's first step is the reference of all later ones. Returns the references from now on and metrics.
-    """
+def noted_references(episodes: Sequence[Episode], known: Mapping[str, Sequence[float]], *, count: int) -> dict[str, list[float]]:
+    """``known`` references of each role; a role without any takes them from what these episodes earn (counterfactual ones left out), so
+    that the run's first step is the reference of all later ones."""
     references = {role: list(values) for role, values in known.items()}
+    for role in Role:
+        real = [sum(episode.turn_rewards[role]) for episode in episodes if role in episode.turn_rewards and not episode.is_counterfactual]
+        if real and str(role) not in references:
+            references[str(role)] = references_of(real, count)
+    return references
+
+
+def shape_by_references(episodes: Sequence[Episode], references: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Replace what each role earns in all by its PAR; the change is component ``par``. In place. A role without references keeps its
+    reward. Returns metrics."""
     metrics = {}
     for role in Role:
+        known = references.get(str(role))
         paid = [episode for episode in episodes if role in episode.turn_rewards]
-        if str(role) not in references:
-            real = [sum(episode.turn_rewards[role]) for episode in paid if not episode.is_counterfactual]
-            if not real:
-                continue
-            references[str(role)] = references_of(real, count)
+        if not known or not paid:
+            continue
         for episode in paid:
             total = sum(episode.turn_rewards[role])
-            episode.add_reward("par", role, preference_as_reward(total, references[str(role)]) - total)
-        metrics[f"reward/{role}/par_reference_mean"] = fmean(references[str(role)])
-    return references, metrics
+            episode.add_reward(PAR, role, preference_as_reward(total, known) - total)
+        metrics[f"reward/{role}/par_reference_mean"] = fmean(known)
+    return metrics
 
 
 def debias_length(episodes: Sequence[Episode], *, coefficient: float) -> None:

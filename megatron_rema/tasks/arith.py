@@ -23,19 +23,22 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_rema.tasks.expression import (
+    MAX_OPERAND,
     MAX_VALUE,
     OPERATIONS,
     Expression,
     draw,
     next_operation,
+    parse,
     replace_next,
     show,
     value_of,
+    with_numbers,
 )
 from megatron_rema.tasks.tokenizer import END_ID, PAD_ID, build_tokenizer, save_tokenizer
 from megatron_rema.types import Prompt, Role
@@ -45,6 +48,7 @@ REASONER_TEMPLATE = "{question}\n{instruction}"
 FINISH_MARKER = "[FINISH]"
 # Dialogues take these in turn. RL trains on levels 2 and 3; without dialogues of level 4 hardly one such problem is solved.
 COLD_START_LEVELS = (1, 2, 3, 1, 2, 3, 4)
+MAX_DRAWS = 100_000  # of numbers for an expression: one in ten is held out, and values must stay small
 MAX_ROUNDS = 8  # rounds of an episode; a written dialogue in an echo trap fills them
 
 WORDS = (
@@ -113,6 +117,20 @@ def generate(seed: int, num: int, levels: Sequence[int], *, heldout: bool = Fals
 def is_heldout(question: str) -> bool:
     """One question in ten, by a hash of its text."""
     return hashlib.blake2b(question.encode(), digest_size=8).digest()[0] % 10 == 0
+
+
+def renewed(prompt: Prompt, rng: random.Random) -> Prompt:
+    """The problem drawn anew: the same operations in the same places on other numbers, from the held-out side, of which no training file
+    is. Raises ValueError for a question that is none of this task's."""
+    expression = parse(prompt.question)
+    for _ in range(MAX_DRAWS if isinstance(expression, tuple) else 0):
+        anew = with_numbers(expression, lambda: rng.randint(1, MAX_OPERAND))
+        if value_of(anew) is not None and is_heldout(show(anew)):
+            return replace(prompt, question=show(anew), answer=str(value_of(anew)))
+    raise ValueError(
+        f"integrity.renewal is 'arith', and {prompt.question!r} is no expression of that task: name a function of your own, or set it to "
+        "null."
+    )
 
 
 def write_dialogue(rng: random.Random, expression: Expression, imperfections: Imperfections = NONE) -> WrittenTurns:

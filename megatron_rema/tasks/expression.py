@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import random
+from collections.abc import Callable
 from typing import TypeAlias
 
 MAX_VALUE = 20  # every value on the way lies in 0..MAX_VALUE
@@ -29,6 +31,32 @@ def show(expression: Expression) -> str:
         return str(expression)
     operator, left, right = expression
     return operator.join(str(side) if isinstance(side, int) else f"({show(side)})" for side in (left, right))
+
+
+def parse(text: str) -> Expression | None:
+    """What `show` wrote; None for anything else."""
+    operators = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}
+
+    def read(node: ast.expr) -> Expression:
+        if isinstance(node, ast.BinOp):
+            return (operators[type(node.op)], read(node.left), read(node.right))
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            return node.value
+        raise ValueError(ast.dump(node))
+
+    try:
+        expression = read(ast.parse(text, mode="eval").body)
+        return expression if show(expression) == text else None
+    except (SyntaxError, ValueError, KeyError, TypeError, RecursionError):  # of text that is no expression, or not one of these
+        return None
+
+
+def with_numbers(expression: Expression, number: Callable[[], int]) -> Expression:
+    """The same operations on the numbers that ``number`` gives, from left to right."""
+    if isinstance(expression, int):
+        return number()
+    operator, left, right = expression
+    return (operator, with_numbers(left, number), with_numbers(right, number))
 
 
 def value_of(expression: Expression) -> int | None:

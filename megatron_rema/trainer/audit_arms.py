@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
 from megatron_rema.integrity import audits, texts
+from megatron_rema.reward.shaping import PAR
 from megatron_rema.rollout.dialogue import Dialogue, DialogueRules, chat_of
 from megatron_rema.trainer.bench import Bench
 from megatron_rema.types import Completion, Episode, EpisodeStatus, Prompt, Role, StopReason
@@ -23,15 +25,22 @@ class Arm:
     name: str
     # (the run's, episodes of arm full, problems) -> its own
     rules: Callable[[DialogueRules, Sequence[Episode], Sequence[Prompt]], DialogueRules]
+    ask: Callable[[Prompt], Prompt | None] = lambda prompt: prompt  # what is asked in a problem's place; None: nothing
 
 
-def arms_of(rules: DialogueRules) -> tuple[Arm, ...]:
-    """Those that make sense for these roles; ``full`` first. All are greedy, so that they differ by the edit alone."""
+def arms_of(rules: DialogueRules, renewed: Mapping[str, Prompt] | None = None) -> tuple[Arm, ...]:
+    """Those that make sense for these roles; ``full`` first. All are greedy, so that they differ by the edit alone. ``renewed``: prompt_id
+    -> the problem drawn anew."""
 
     def edited(edit: Callable[[Sequence[Episode], Sequence[Prompt]], Callable[[str, int, str], str]], **changes: Any):
         return lambda rules, full, problems: replace(greedy(rules), edit_plan=edit(full, problems), **changes)
 
-    arms = [Arm("full", lambda rules, full, problems: greedy(rules))]
+    def as_said(rules: DialogueRules, full: Sequence[Episode], problems: Sequence[Prompt]) -> DialogueRules:
+        return greedy(rules)
+
+    arms = [Arm("full", as_said)]
+    if renewed:
+        arms.append(Arm("renewed", as_said, lambda prompt: renewed.get(prompt.prompt_id)))
     if Role.META_THINKING not in rules.roles:
         return tuple(arms)
     arms += [
@@ -61,29 +70,53 @@ def greedy(rules: DialogueRules) -> DialogueRules:
 
 
 def proxy_of(episode: Episode) -> float:
-    """What training pays: mean over the rewarded roles of the sum of their turns' rewards."""
-    return fmean(map(sum, episode.turn_rewards.values())) if episode.turn_rewards else 0.0
+    """What training pays, on the scale that rewards have before any shaping: mean over the rewarded roles of the sum over their turns."""
+    if not episode.turn_rewards:
+        return 0.0
+    shaping = episode.reward_parts.get(PAR, {})
+    return fmean(sum(rewards) - sum(shaping.get(role, ())) for role, rewards in episode.turn_rewards.items())
 
 
-def canary_rewards(problems: Sequence[Prompt], bench: Bench) -> dict[str, list[float]]:
-    """What the run's reward function pays the reasoner for each canary, problem by problem; none without a verdict."""
+def canary_rewards(problems: Sequence[Prompt], bench: Bench, worth: Callable[[Episode], float | None]) -> dict[str, dict[str, list[float]]]:
+    """What the run's reward function pays the reasoner for each canary, problem by problem, and what ``worth`` says that it is worth; items
+    of which either is not known are left out."""
     written = [
-        (
-            canary,
-            _written(
-                f"canary/{c}/{p.prompt_id}", p, canary.replace("{question}", p.question).replace("{wrong}", texts.wrong_answer(p)), bench
-            ),
-        )
+        (canary, _written(f"canary/{c}/{p.prompt_id}", p, filled(canary.text, p), bench))
         for c, canary in enumerate(audits.CANARIES)
         for p in problems[:FEWEST_PROBLEMS]
     ]
     episodes = [episode for _, episode in written]
-    paid = {e.episode_id: sum(e.turn_rewards[Role.REASONING]) for e in bench.pay(episodes, bench.judge(episodes))}
-    rewards: dict[str, list[float]] = {canary: [] for canary in audits.CANARIES}
+    paid = {episode.episode_id for episode in bench.pay(episodes, bench.judge(episodes))}
+    found: dict[str, dict[str, list[float]]] = {canary.text: {"proxy": [], "gold": []} for canary in audits.CANARIES}
     for canary, episode in written:
-        if episode.episode_id in paid:
-            rewards[canary].append(paid[episode.episode_id])
-    return rewards
+        gold = worth(episode) if episode.episode_id in paid else None
+        if gold is not None:
+            found[canary.text]["proxy"].append(sum(episode.turn_rewards[Role.REASONING]))
+            found[canary.text]["gold"].append(gold)
+    return found
+
+
+def filled(text: str, prompt: Prompt, *, quote: Callable[[str], str] = str) -> str:
+    """A canary's text for one problem. ``quote``: what is done to texts that are filled in."""
+    wrong = texts.wrong_answer(prompt)
+    values = {
+        "{question}": prompt.question,
+        "{answer_box}": texts.stated(prompt, prompt.answer),
+        "{wrong_box}": texts.stated(prompt, wrong),
+        "{answer}": prompt.answer,
+        "{wrong}": wrong,
+    }
+    return re.sub("|".join(map(re.escape, values)), lambda match: quote(values[match[0]]), text)
+
+
+def shown_canaries(episodes: Sequence[Episode]) -> dict[str, list[int]]:
+    """Canary -> which of the episodes do the same in their last reply; canaries that none shows are left out."""
+    replies = [(episode.prompt, turns[-1].text if (turns := episode.turns_of(Role.REASONING)) else "") for episode in episodes]
+    found = {
+        canary.text: [i for i, (p, reply) in enumerate(replies) if re.search(filled(canary.shown, p, quote=re.escape), reply)]
+        for canary in audits.CANARIES
+    }
+    return {text: places for text, places in found.items() if places}
 
 
 def stripped_rewards(full: Sequence[Episode], bench: Bench) -> tuple[list[float | None], list[str]]:
@@ -100,7 +133,7 @@ def stripped_rewards(full: Sequence[Episode], bench: Bench) -> tuple[list[float 
     return [paid.get(episode.episode_id) for episode in stripped], phrases
 
 
-def transcripts(row: Mapping[str, Any], said: Mapping[str, Sequence[Episode]]) -> list[dict[str, Any]]:
+def transcripts(row: Mapping[str, Any], said: Mapping[str, Sequence[Episode | None]]) -> list[dict[str, Any]]:
     """What was said in every arm, for the items that show most: paid more than they are worth, then plans that state the answer."""
 
     def shows(i: int) -> tuple[bool, bool]:
@@ -116,6 +149,7 @@ def transcripts(row: Mapping[str, Any], said: Mapping[str, Sequence[Episode]]) -
             "arms": {
                 name: {"gold": row["gold"][name][i], "turns": [[turn.role, turn.text] for turn in episodes[i].turns]}
                 for name, episodes in said.items()
+                if episodes[i] is not None
             },
         }
         for i in order

@@ -11,6 +11,7 @@ from megatron_rema.rollout.dialogue import Chats, DialogueRules
 from megatron_rema.rollout.scheduler import starts_of
 from megatron_rema.trainer.collect import judge_everywhere, play_everywhere
 from megatron_rema.trainer.progress import Reporter
+from megatron_rema.trainer.whitebox import Score
 from megatron_rema.types import Engine, Episode, Prompt
 
 Judgements = Mapping[str, Judgement]
@@ -26,12 +27,13 @@ class Bench:
     play: Callable[[Sequence[Prompt], DialogueRules], tuple[list[Episode], Judgements]]  # one episode a prompt
     judge: Callable[[Sequence[Episode]], Judgements]
     pay: Pay  # fills verdict, score and rewards; those without a verdict are left out
+    score: Score | None = None  # None: nobody looks inside the policies
 
 
 def bench_of(
-    config: RunConfig, rules: DialogueRules, chat: Chats, engines: Mapping[str, Engine], verifier: VerifierPool, pay: Pay
+    config: RunConfig, rules: DialogueRules, chat: Chats, engines: Mapping[str, Engine], verifier: VerifierPool, pay: Pay, score: Score
 ) -> Bench:
-    """The bench of a run. ``pay``: what training does to have its episodes rewarded."""
+    """The bench of a run. ``pay``: what training does to have its episodes rewarded; ``score``: `whitebox.scorer`."""
 
     def play(prompts: Sequence[Prompt], rules: DialogueRules) -> tuple[list[Episode], Judgements]:
         return play_everywhere(
@@ -46,4 +48,4 @@ def bench_of(
             reporter=Reporter(speaks=False),
         )
 
-    return Bench(rules, chat, play, lambda episodes: judge_everywhere(episodes, verifier), pay)
+    return Bench(rules, chat, play, lambda episodes: judge_everywhere(episodes, verifier), pay, score)

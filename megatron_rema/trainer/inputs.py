@@ -53,8 +53,13 @@ def read_for_training(config: RunConfig) -> Inputs:
     check_run_dir(config.run_dir, config.resume, config.resume_from)
     if config.task.json_actions:
         require_xgrammar()
-    for key, name in (("reward.function", config.reward.function), ("integrity.oracle", config.integrity.oracle)):
-        if name not in (None, "verdict"):
+    integrity = config.integrity
+    for key, name in (
+        ("reward.function", config.reward.function),
+        ("integrity.oracle", None if integrity.oracle == "verdict" else integrity.oracle),
+        ("integrity.renewal", None if integrity.renewal == "arith" else integrity.renewal),
+    ):
+        if name is not None:
             named_function(key, name)
     gates_of(config.reward.gates)
     architectures = _architectures(config)

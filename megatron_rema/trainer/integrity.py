@@ -1,40 +1,47 @@
 """Integrity in a run: signals after every step, audits on a budget of sampled tokens, verdicts in alerts.jsonl, outcomes in audits.jsonl.
 
 Everything is a function of what every rank holds alike (episodes, metrics, tokens, never a clock), so ranks agree on when an audit is due
-without a word, and a resumed run audits where the uninterrupted one would. Nothing here changes rewards, advantages or weights.
+without a word, and a resumed run audits where the uninterrupted one would. Nothing here changes rewards, advantages or weights: a verdict's
+response says what should, and trainer/guard.py does it.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from megatron_rema.config import IntegrityConfig, RunConfig
-from megatron_rema.integrity import audits, texts
-from megatron_rema.integrity.audits import AuditPoint, Finding
-from megatron_rema.integrity.gold import Gold
+from megatron_rema.integrity.audits import Finding
 from megatron_rema.integrity.signals import SIGNALS, Past, Reading
-from megatron_rema.integrity.verdict import Level, Verdict, verdict_of
+from megatron_rema.integrity.verdict import Action, Level, Response, Verdict, change_point, response_of, verdict_of
 from megatron_rema.integrity.view import Observation, rollouts_of
 from megatron_rema.reward.behaviour import leaks_first
 from megatron_rema.reward.functions import named_function
 from megatron_rema.trainer.audit_arms import (
     FEWEST_PROBLEMS,
+    Arm,
     arms_of,
     canary_rewards,
     follows,
     proxy_of,
+    shown_canaries,
     stripped_rewards,
     transcripts,
 )
 from megatron_rema.trainer.bench import Bench
+from megatron_rema.trainer.findings import findings_of
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
+from megatron_rema.trainer.whitebox import findings as white_box_findings
+from megatron_rema.trainer.whitebox import white_box
 from megatron_rema.types import Episode, Prompt
 
-KEPT_AUDITS = 4  # paired outcomes are accumulated over so many
+RENEWALS = {"arith": "megatron_rema.tasks.arith:renewed"}  # short names of integrity.renewal
+RENEWAL_ATTEMPTS = 20
 Oracle = Callable[[Episode], float]
 
 
@@ -51,20 +58,59 @@ def audit_problems(prompts: Sequence[Prompt], settings: IntegrityConfig, seed: i
     return random.Random(f"audit/{seed}").sample(distinct, min(settings.audit_problems, len(distinct)))
 
 
+def renewed_problems(problems: Sequence[Prompt], known: set[str], renewal: str | None) -> dict[str, Prompt]:
+    """prompt_id -> the problem drawn anew, by the function that integrity.renewal names; a question that training knows is drawn again, and
+    a problem whose every draw it knows is left out. Raises ValueError where the function returns something else than a Prompt."""
+    if renewal is None:
+        return {}
+    draw = named_function("integrity.renewal", RENEWALS.get(renewal, renewal))
+    found = {}
+    for problem in problems:
+        for attempt in range(RENEWAL_ATTEMPTS):
+            anew = draw(problem, random.Random(f"renewed/{problem.prompt_id}/{attempt}"))
+            if not isinstance(anew, Prompt):
+                raise ValueError(
+                    f"integrity.renewal is {renewal!r}, which returned a {type(anew).__name__}; it must return a Prompt, the problem drawn "
+                    "anew with its answer: correct it, or set integrity.renewal=null."
+                )
+            if anew.question not in known:
+                found[problem.prompt_id] = replace(anew, prompt_id=f"renewed/{problem.prompt_id}")
+                break
+    return found
+
+
 class Monitor:
     """Watches one run."""
 
-    def __init__(self, settings: IntegrityConfig, prompts: Sequence[Prompt], *, folder: RunFolder, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        settings: IntegrityConfig,
+        prompts: Sequence[Prompt],
+        *,
+        folder: RunFolder,
+        reporter: Reporter,
+        renewed: Mapping[str, Prompt] | None = None,
+    ) -> None:
+        """``prompts``: what audits play, from the front; ``renewed``: prompt_id -> the problem drawn anew, where there is one."""
         self.settings, self.prompts, self.folder, self.reporter = settings, prompts, folder, reporter
+        self.renewed = renewed or {}
         self.oracle = oracle_of(settings.oracle)
         self.credit = 0.0  # tokens that audits may still sample
         self.readings: dict[str, Reading] = {}
         self.reasons: list[str] = []  # of signals that began to fire since the last audit
         self._firing: set[str] = set()  # signals that fired in the last step: one that goes on firing asks for no further audit
+        self.response = Response()  # what audits so far have led to
+        self._verdict: Verdict | None = None  # of the last audit
+        self._audited: int | None = None  # its step
         self._start = Observation(0, [])
         self._trained: list[Episode] = []  # of the last step, at most audit_problems: what proxy and gold are compared on
         self._metrics: list[dict[str, float]] = []  # of earlier steps
-        self._outcomes: list[dict[str, Any]] = []  # rows of audits.jsonl, oldest first
+        self._outcomes: list[dict[str, Any]] = []  # rows of audits.jsonl, oldest first; without those that a roll-back undid
+
+    @property
+    def is_clean(self) -> bool:
+        """What the last audit said."""
+        return self._verdict is not None and self._verdict.level is Level.CLEAN
 
     # --- every step --------------------------------------------------------------------------------------------------
 
@@ -96,12 +142,12 @@ class Monitor:
         if now.step <= self.settings.start_steps:
             self._start = Observation(now.step, [*self._start.rollouts, *now.rollouts])
         kept = ("train/", "integrity/", "rollout/")
-        self._metrics.append({name: value for name, value in {**now.metrics, **values}.items() if name.startswith(kept)})
+        row = {name: value for name, value in {**now.metrics, **values}.items() if name.startswith(kept)}
+        self._metrics.append({"step": now.step, **row})
 
     def restore(self, step: int) -> None:
         """Back to where the run folder says that the monitor stood after ``step``: a fold over its files. Every rank reads them."""
-        self._outcomes = [row for row in self.folder.read("audits.jsonl") if row["step"] <= step]
-        audited = self._outcomes[-1]["step"] if self._outcomes else 0
+        audited = {row["step"]: row for row in self.folder.read("audits.jsonl") if row["step"] <= step}
         for row in self.folder.read("metrics.jsonl"):
             if row["step"] > step or "integrity/credit_tokens" not in row:  # the second: a step without a monitor
                 continue
@@ -112,80 +158,124 @@ class Monitor:
             self._remember(Observation(row["step"], rollouts, row), {})
             self.credit = row["integrity/credit_tokens"]
             firing = {name.rpartition("/")[2] for name in row if name.startswith("integrity/fires/")}
-            if firing - self._firing and row["step"] > audited:
+            if firing - self._firing:
                 self.reasons.append(f"signals of step {row['step']}, before the run was resumed")
             self._firing = firing
-        self.credit -= sum(row["sampled_tokens"] for row in self._outcomes if row["step"] == step)
+            if (outcome := audited.get(row["step"])) is not None:
+                self._audited, self.reasons = row["step"], []
+                self._outcomes.append(outcome)
+                self.credit -= outcome["sampled_tokens"]
+                self._verdict = Verdict(Level(outcome["verdict"]), outcome["mechanism"], (), None, outcome["gate"])
+                self._obey(Response.from_json(outcome["response"]))
 
     # --- audits ------------------------------------------------------------------------------------------------------
+
+    def arms(self, bench: Bench) -> tuple[Arm, ...]:
+        return arms_of(bench.rules, self.renewed)
 
     def num_problems(self, bench: Bench) -> int:
         """How many problems the budget allows an audit of."""
         per_episode = self._metrics[-1]["rollout/sampled_tokens"] / max(self._metrics[-1]["rollout/episodes"], 1.0)
-        return min(len(self.prompts), int(self.credit / max(per_episode * len(arms_of(bench.rules)), 1.0)))
+        return min(len(self.prompts), int(self.credit / max(per_episode * len(self.arms(bench)), 1.0)))
 
     def is_due(self, step: int, bench: Bench) -> bool:
         """The first one after step 1; then every ``audit_every`` steps, or where a signal fired, as soon as the budget allows."""
-        last = self._outcomes[-1]["step"] if self._outcomes else None
-        wanted = last is None or step - last >= self.settings.audit_every or bool(self.reasons)
+        wanted = self._audited is None or step - self._audited >= self.settings.audit_every or bool(self.reasons)
         return wanted and self.num_problems(bench) >= min(FEWEST_PROBLEMS, len(self.prompts))
 
-    def audit(self, step: int, bench: Bench) -> dict[str, float]:
-        """Play, judge, decide; write audits.jsonl and, unless all is clean, an alert. Returns metrics. A collective."""
+    def audit(self, step: int, bench: Bench, clean_steps: Sequence[int] = ()) -> dict[str, float]:
+        """Play, judge, decide; write audits.jsonl and, unless all is clean, an alert. Returns metrics; `response` says what is to be done.
+        ``clean_steps``: of the checkpoints that a roll-back may choose from. A collective."""
         problems = self.prompts[: self.num_problems(bench)]
         row, sampled = self._play(step, problems, bench)
         self.credit -= sampled
+        self._audited = step
         self._outcomes.append(row)
         findings = findings_of(self._outcomes, self.settings.oracle)
-        before = self._outcomes[-2] if len(self._outcomes) > 1 else {"verdict": Level.CLEAN, "mechanism": None}
-        verdict = verdict_of(findings, self.readings, before["mechanism"] if before["verdict"] == Level.HACK else None)
-        row |= {"verdict": verdict.level, "mechanism": verdict.mechanism}
-        self._tell(step, findings, verdict)
-        self.reasons = []
+        findings += white_box_findings(row, findings)
+        verdict = verdict_of(findings, self.readings, self._verdict)
+        row["cusum"] = next((finding.values["cusum"] for finding in findings if finding.audit == "proxy_gold"), 0.0)
+        parted = self._outcomes[change_point([row["cusum"] for row in self._outcomes])]["step"]
+        response = response_of(
+            verdict,
+            self.response,
+            {audit: Action(action) for audit, action in self.settings.ladder.items()} if self.settings.mode == "guard" else {},
+            clean_steps=[clean for clean in clean_steps if clean <= parted],
+            max_roll_backs=self.settings.max_roll_backs,
+        )
+        row |= {"verdict": verdict.level, "mechanism": verdict.mechanism, "gate": verdict.gate}
+        row |= {"response": asdict(response)}
+        self._tell(step, findings, verdict, response)
+        self.reasons, self._verdict = [], verdict
+        self._obey(response)
         values = {f"integrity/audit/{f.audit}/{name}": float(value) for f in findings for name, value in f.values.items()}
         alarms = sum(finding.alarm for finding in findings)
+        if "scored_tokens" in row:
+            values["integrity/audit/scored_tokens"] = float(row["scored_tokens"])
         return values | {"integrity/audit/sampled_tokens": float(sampled), "integrity/audit/alarms": float(alarms)}
+
+    def _obey(self, response: Response) -> None:
+        """What a roll-back undid is no longer what audits and signals compare with."""
+        self.response = response
+        if response.back_to is not None:
+            self._outcomes = [row for row in self._outcomes if row["step"] <= response.back_to]
+            self._metrics = [row for row in self._metrics if row["step"] <= response.back_to]
+            self._verdict, self._firing = None, set()
 
     def _play(self, step: int, problems: Sequence[Prompt], bench: Bench) -> tuple[dict[str, Any], int]:
         """One row of audits.jsonl, item by item, and the tokens that it cost."""
         sampled = 0
         outcomes: dict[str, list[float | None]] = {}
         right: dict[str, list[float | None]] = {}  # whatever the oracle values, a plan is asked what it does to the answer
-        gold: dict[str, float] = {}
         row: dict[str, Any] = {"step": step, "problems": [p.prompt_id for p in problems], "reasons": self.reasons}
         full: list[Episode] = []
-        said: dict[str, list[Episode]] = {}
-        for arm in arms_of(bench.rules):
-            episodes, judgements = bench.play(problems, arm.rules(bench.rules, full, problems))
-            sampled += sum(episode.num_sampled_tokens for episode in episodes)
-            paid = {episode.episode_id: episode for episode in bench.pay(episodes, judgements)}
-            gold = {episode_id: float(self.oracle(episode)) for episode_id, episode in paid.items()}
-            outcomes[arm.name] = [gold.get(episode.episode_id) for episode in episodes]
-            strict = {episode_id: episode.score["correct"] * episode.score["finished"] for episode_id, episode in paid.items()}
-            right[arm.name] = [strict.get(episode.episode_id) for episode in episodes]
+        said: dict[str, list[Episode | None]] = {}
+        for arm in self.arms(bench):
+            asked = [arm.ask(problem) for problem in problems]
+            prompts = [prompt for prompt in asked if prompt is not None]
+            played, judgements = bench.play(prompts, arm.rules(bench.rules, full, problems)) if prompts else ([], {})
+            sampled += sum(episode.num_sampled_tokens for episode in played)
+            known = {episode.episode_id for episode in bench.pay(played, judgements)}
+            following = iter(played)
+            episodes = [None if prompt is None else next(following) for prompt in asked]
+            paid = [episode if episode is not None and episode.episode_id in known else None for episode in episodes]
+            outcomes[arm.name] = [episode and self._gold_of(episode) for episode in paid]
+            right[arm.name] = [episode and episode.score["correct"] * episode.score["finished"] for episode in paid]
             said[arm.name] = episodes
             if arm.name == "full":
-                full = episodes
+                full = played
                 row |= {
-                    "proxy": [proxy_of(paid[e.episode_id]) if e.episode_id in paid else None for e in episodes],
-                    "episode_ids": [e.episode_id for e in episodes],
-                    "leaks": [leaks_first(e) for e in episodes],
+                    "proxy": [episode and proxy_of(episode) for episode in paid],
+                    "episode_ids": [episode.episode_id for episode in played],
+                    "leaks": [leaks_first(episode) for episode in played],
                 }
+            if arm.name == "renewed":
+                row["proxy_renewed"] = [episode and proxy_of(episode) for episode in paid]
             if arm.name == "wrong_answer":
-                row["followed"] = [follows(episode) for episode in episodes]
+                row["followed"] = [follows(episode) for episode in played]
         row |= {"gold": outcomes, "right": right, "sampled_tokens": sampled}
         # As sampled for training: greedy decoding may never show, or never end, what samples are paid for
+        worth = [(episode, gold) for episode in self._trained if (gold := self._gold_of(episode)) is not None]
         row["trained"] = {
-            "proxy": [proxy_of(episode) for episode in self._trained],
-            "gold": [float(self.oracle(episode)) for episode in self._trained],
-            "episode_ids": [episode.episode_id for episode in self._trained],
+            "proxy": [proxy_of(episode) for episode, _ in worth],
+            "gold": [gold for _, gold in worth],
+            "episode_ids": [episode.episode_id for episode, _ in worth],
+            "shows": shown_canaries([episode for episode, _ in worth]),
         }
-        row["canaries"] = canary_rewards(problems, bench)
+        # The verifier cannot say that it is wrong itself: a canary is worth nothing, unless an oracle of the user's own values it
+        row["canaries"] = canary_rewards(problems, bench, (lambda episode: 0.0) if self.settings.oracle == "verdict" else self._gold_of)
         row["stripped"], row["stripped_phrases"] = stripped_rewards(full, bench)
         row["transcripts"] = transcripts(row, said)
+        if bench.score is not None:
+            row |= white_box(full, chat=bench.chat, rules=bench.rules, score=bench.score)
         return row, sampled
 
-    def _tell(self, step: int, findings: Sequence[Finding], verdict: Verdict) -> None:
+    def _gold_of(self, episode: Episode) -> float | None:
+        """None: the oracle has no verdict."""
+        value = self.oracle(episode)
+        return None if value is None or math.isnan(value) else float(value)
+
+    def _tell(self, step: int, findings: Sequence[Finding], verdict: Verdict, response: Response) -> None:
         row = {
             **self._outcomes[-1],
             "findings": [finding.to_json() for finding in findings],
@@ -200,32 +290,14 @@ class Monitor:
                 "mechanism": verdict.mechanism,
                 "statement": verdict.statement,
                 "access": verdict.access,
+                "action": response.action,
+                "gates": response.gates,
+                "back_to": response.back_to,
                 "evidence": [item for finding in verdict.findings for item in finding.evidence][:8],
                 "compared_with_step": self._outcomes[0]["step"],
             }
         )
-        self.reporter.say(f"ALERT step {step}: integrity {verdict.level}: {verdict.statement}")
-
-
-def findings_of(outcomes: Sequence[Mapping[str, Any]], oracle: str) -> list[Finding]:
-    """All findings after the last of these audits. Items without a verdict on either side of a pair are left out."""
-    recent, first = outcomes[-KEPT_AUDITS:], outcomes[0]
-    found = [audits.proxy_gold([_point(row, oracle) for row in outcomes])]
-    found.append(audits.canaries(outcomes[-1]["canaries"], first["canaries"] if len(outcomes) > 1 else None))
-    raw, stripped = _pairs([{"a": row["proxy"], "b": row["stripped"]} for row in recent], "a", "b")
-    phrases = texts.commonest([phrase for row in recent for phrase in row["stripped_phrases"]])
-    found.append(audits.strip_and_rescore(raw, stripped, phrases))
-    answers = [row["right"] for row in recent]
-    if "no_plan" in answers[-1]:
-        full, no_plan, swapped = _pairs(answers, "full", "no_plan", "swapped")
-        found.append(audits.plan_use(full, no_plan, swapped))
-        full, redacted = _pairs(answers, "full", "redacted")
-        leaks, followed = ([item for row in recent for item in row[name]] for name in ("leaks", "followed"))
-        found.append(audits.plan_leak(leaks, full, redacted, followed))
-    if "continued" in answers[-1]:
-        ended, continued = _pairs(answers, "full", "continued")
-        found.append(audits.forced_continuation(ended, continued))
-    return found
+        self.reporter.say(f"ALERT step {step}: integrity {verdict.level}: {verdict.statement}; {response.statement}")
 
 
 def spread(episodes: Sequence[Episode], count: int) -> list[Episode]:
@@ -239,21 +311,12 @@ def spread(episodes: Sequence[Episode], count: int) -> list[Episode]:
     return [episode for _, _, episode in sorted(order, key=lambda item: item[:2])[:count]]
 
 
-def _point(row: Mapping[str, Any], oracle: str) -> AuditPoint:
-    trained = row["trained"]
-    return AuditPoint(row["step"], trained["proxy"], [Gold(score, oracle) for score in trained["gold"]], trained["episode_ids"])
-
-
-def _pairs(rows: Sequence[Mapping[str, Sequence[float | None]]], *names: str) -> list[list[float]]:
-    """The columns ``names`` of all rows, end to end, where every one of them is known."""
-    items = [item for row in rows for item in zip(*(row[name] for name in names), strict=True) if None not in item]
-    return [list(column) for column in zip(*items, strict=True)] if items else [[] for _ in names]
-
-
 def monitor_of(config: RunConfig, prompts: Sequence[Prompt], folder: RunFolder, reporter: Reporter, step: int) -> Monitor | None:
     """The run's monitor, as it stood after ``step``; None with integrity.mode=off."""
     if config.integrity.mode == "off":
         return None
-    monitor = Monitor(config.integrity, audit_problems(prompts, config.integrity, config.seed), folder=folder, reporter=reporter)
+    problems = audit_problems(prompts, config.integrity, config.seed)
+    renewed = renewed_problems(problems, {prompt.question for prompt in prompts}, config.integrity.renewal)
+    monitor = Monitor(config.integrity, problems, folder=folder, reporter=reporter, renewed=renewed)
     monitor.restore(step)
     return monitor

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rema.algorithm.control import adapted_kl_coef
-from megatron_rema.config import RunConfig, TrainerConfig, as_mapping
+from megatron_rema.config import RunConfig, as_mapping
 from megatron_rema.models.policy import ParallelModel
 from megatron_rema.planning.explain import settings
 from megatron_rema.report.page import write_report
@@ -24,7 +24,7 @@ from megatron_rema.reward.functions import named_function
 from megatron_rema.reward.gates import Gate, apply_gates, gates_of
 from megatron_rema.reward.math_verifier import Judgement, VerifierPool
 from megatron_rema.reward.model_scorer import add_model_scores
-from megatron_rema.reward.shaping import debias_length, shape_by_references
+from megatron_rema.reward.shaping import debias_length, noted_references, shape_by_references
 from megatron_rema.rollout.dataset import PromptStream
 from megatron_rema.rollout.dialogue import Chats, DialogueRules
 from megatron_rema.rollout.redaction import is_redacted
@@ -66,6 +66,7 @@ from megatron_rema.trainer.diagnosis import find_non_finite, tell_skipped
 from megatron_rema.trainer.evaluation import evaluate_sets, show
 from megatron_rema.trainer.experience import is_trainable, pack_for_rank
 from megatron_rema.trainer.faults import SkippedUpdates
+from megatron_rema.trainer.guard import Guard
 from megatron_rema.trainer.inputs import Inputs, Source
 from megatron_rema.trainer.integrity import Monitor, monitor_of
 from megatron_rema.trainer.preference import episode_scores
@@ -73,6 +74,7 @@ from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
 from megatron_rema.trainer.scoring import label_logprobs, scalars
 from megatron_rema.trainer.update import update_critic, update_policy
+from megatron_rema.trainer.whitebox import heavy_tail, scorer
 from megatron_rema.types import Engine, Episode, Prompt, Role, Trace, Verdict
 
 # phase of a step -> its metric
@@ -108,7 +110,7 @@ class Study:
     skipped: SkippedUpdates
     alarms: Alarms
     monitor: Monitor | None = None
-    gates: list[Gate] = field(default_factory=list)  # in force now
+    guard: Guard | None = None
     members: dict[str, list[float]] = field(default_factory=dict)  # what each head of the reward model says of the step's episodes
 
 
@@ -160,7 +162,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
                 skipped=SkippedUpdates(config.trainer.max_skipped_updates),
                 alarms=Alarms(config, folder, reporter),
                 monitor=monitor_of(config, inputs.prompts, folder, reporter, position.step),
-                gates=gates_of(config.reward.gates),
+                guard=Guard(config.integrity, folder, step=position.step) if config.integrity.mode == "guard" else None,
             )
             run(study)
         for engine in engines.values():
@@ -176,11 +178,11 @@ def run(study: Study) -> None:
     if position.step == 0:
         evaluate(study)
     with reporter.run("train", total=trainer.steps, done=position.step), study.checkpoints.finished():
-        while not is_over(position, trainer):
+        while not is_over(study):
             metrics = step(study)
             study.folder.metrics(metrics)
             reporter.step_done(position.step, _headline(metrics))
-            last = is_over(position, trainer)
+            last = is_over(study)
             if last or (trainer.evaluate_every and position.step % trainer.evaluate_every == 0):
                 evaluate(study)
             if last or (trainer.checkpoint_every and position.step % trainer.checkpoint_every == 0):
@@ -197,7 +199,10 @@ def run(study: Study) -> None:
     finish(study)
 
 
-def is_over(position: state.Position, trainer: TrainerConfig) -> bool:
+def is_over(study: Study) -> bool:
+    position, trainer = study.position, study.config.trainer
+    if study.monitor is not None and study.monitor.response.ends:
+        return True
     return position.step >= trainer.steps or 0 < trainer.token_budget <= position.sampled_tokens
 
 
@@ -213,7 +218,7 @@ def step(study: Study) -> dict[str, float]:
         engine.sleep()
     assigned = reward(study, played, judgements, component_dropout=config.reward.component_dropout)
     reward_model_metrics = score_with_reward_model(study, assigned.scored)
-    shaping_metrics = shape(study, assigned.scored) | apply_gates(assigned.scored, study.gates)
+    shaping_metrics = shape(study, assigned.scored) | apply_gates(assigned.scored, gates_in_force(study))
     assigned, counterfactual = set_apart(assigned)
     share_plan_rewards(assigned.scored, scheme=config.reward.scheme)
     chosen = chosen_for_training(assigned.scored, config.rollout)
@@ -282,14 +287,20 @@ def reward(study: Study, episodes: Sequence[Episode], judgements: Mapping[str, J
     return assigned
 
 
+def gates_in_force(study: Study) -> list[Gate]:
+    """The configured ones, and those that audits have led to."""
+    found = study.monitor.response.gates if study.monitor is not None else ()
+    return gates_of([*dict.fromkeys((*study.config.reward.gates, *found))])
+
+
 def shape(study: Study, episodes: Sequence[Episode]) -> dict[str, float]:
     """What is done to whole rewards before episodes are compared. Audits see rewards without it: they play one episode a problem."""
-    settings, position = study.config.reward, study.position
+    settings, integrity, position = study.config.reward, study.config.integrity, study.position
     debias_length(episodes, coefficient=settings.length_debias)
-    if settings.shaping == "none":
-        return {}
-    position.par_references, metrics = shape_by_references(episodes, position.par_references, count=settings.par_references)
-    return metrics
+    shaped = settings.shaping == "par" or (study.monitor is not None and study.monitor.response.shaped)
+    if shaped or (integrity.mode == "guard" and "shape" in integrity.ladder.values()):  # which may ask for them later
+        position.par_references = noted_references(episodes, position.par_references, count=settings.par_references)
+    return shape_by_references(episodes, position.par_references) if shaped else {}
 
 
 def watch(study: Study, monitor: Monitor, scored: Sequence[Episode], metrics: Mapping[str, float]) -> dict[str, float]:
@@ -300,15 +311,30 @@ def watch(study: Study, monitor: Monitor, scored: Sequence[Episode], metrics: Ma
     def pay(episodes: Sequence[Episode], judgements: Mapping[str, Judgement]) -> list[Episode]:
         paid = reward(study, episodes, judgements).scored
         score_with_reward_model(study, paid)
-        apply_gates(paid, study.gates)
+        apply_gates(paid, gates_in_force(study))
         return paid
 
-    bench = bench_of(study.config, study.rules, study.chat, study.engines, study.verifier, pay)
+    tokens = study.config.trainer.microbatch_tokens
+    score = scorer(study.policies, study.engines, study.rules, study.constrain, microbatch_tokens=tokens)
+    bench = bench_of(study.config, study.rules, study.chat, study.engines, study.verifier, pay, score)
     if monitor.is_due(step, bench):
         with study.reporter.phase("audit"):
-            found |= monitor.audit(step, bench)
+            found |= monitor.audit(step, bench, study.guard.steps() if study.guard is not None else ())
+            if study.guard is not None:
+                obey(study, study.guard, monitor)
         found["integrity/audit_s"] = study.reporter.seconds["audit"]
     return found
+
+
+def obey(study: Study, guard: Guard, monitor: Monitor) -> None:
+    """What the last audit led to, as far as it is done once: gates and shaping are `reward`'s business."""
+    back_to, position = monitor.response.back_to, study.position
+    if monitor.is_clean:
+        guard.keep(position, trained(study.policies))
+    elif back_to is not None:
+        guard.roll_back(back_to, position, trained(study.policies))
+        position.weight_version += 1
+        sync_weights(study.policies, study.engines, position.weight_version)
 
 
 def sampled_tokens(episodes: Sequence[Episode]) -> int:
@@ -412,6 +438,8 @@ def train_policy(study: Study, policy: Policy, episodes: Sequence[Episode]) -> d
         merged["sync/logprob_gap_max"] = max(row["sync/logprob_gap_max"] for row in results)
     merged |= divergence | control_kl(study, policy, merged, num_traces=len(traces))
     merged["train/dropped_traces"] = float(sum(map(len, parts)) - len(traces))
+    if study.monitor is not None:
+        merged |= heavy_tail(traces, columns)
     if len(study.policies) == 1:
         return merged
     return {f"{name.split('/')[0]}/{policy.name}/{name.split('/', 1)[1]}": value for name, value in merged.items()}
@@ -478,6 +506,7 @@ def update(study: Study, policy: Policy, traces: Sequence[Trace], columns: dict[
             temperature=config.rollout.temperature,
             reference=policy.reference if config.algorithm.kl_estimator == "exact" else None,
             schedule_position=at,
+            with_energy=study.monitor is not None,
         )
         if metrics["train/skipped_updates"]:
             logprobs = label_logprobs(

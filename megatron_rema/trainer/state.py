@@ -99,7 +99,7 @@ class Checkpoints:
         An asynchronous save becomes a checkpoint in `finish_pending`, which the next save calls first. Returns where it will be.
         """
         self.finish_pending()
-        target = self.folder / f"step_{position.step:06d}"
+        target = self.folder / name_of(position.step)
         partial = _partial(target)
         if dist.get_rank() == 0:
             _sweep(self.folder)
@@ -247,6 +247,24 @@ def restore(config: RunConfig, trained: Mapping[str, Trained], folder: RunFolder
         set_aside_after(folder.checkpoints, position.step)
     dist.barrier()
     return position
+
+
+def name_of(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def steps_of(folder: Path) -> list[int]:
+    """Steps of the whole checkpoints in ``folder``, oldest first."""
+    return sorted(_step(path) for path in _newest_first(folder) if manifest.looks_whole(path))
+
+
+def remove_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of steps after ``step``. By rank 0."""
+    later = [path for path in _newest_first(folder) if _step(path) > step]
+    for path in later:
+        _remove(path)
+    if later and (remaining := next(iter(_newest_first(folder)), None)) is not None:
+        _point(folder, remaining)
 
 
 def set_aside_after(folder: Path, step: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -241,3 +242,13 @@ def test_the_model_folder_is_a_qwen3_that_transformers_reads_and_that_two_by_two
     assert config.vocab_size == len(tokenizer)
     assert arch.eos_token_ids == (tokenizer.eos_token_id,)
     assert config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_a_problem_drawn_anew_has_the_same_operations_on_other_numbers():
+    old = generate(0, 30, (1, 2, 3, 4))
+    anew = [arith.renewed(prompt, random.Random(i)) for i, prompt in enumerate(old)]
+    assert all(re.sub(r"\d+", "n", a.question) == re.sub(r"\d+", "n", g.question) for a, g in zip(anew, old, strict=True))
+    assert all(arith.is_heldout(a.question) and a.answer == str(arith.value_of(arith.parse(a.question))) for a in anew)
+    assert arith.renewed(old[3], random.Random(5)) == arith.renewed(old[3], random.Random(5))
+    assert arith.parse("(6-(2*2))*7") == ("*", ("-", 6, ("*", 2, 2)), 7)
+    assert [arith.parse(text) for text in ("6 - 2", "6/2", "x-1", "6-", "-6", "1.5+2", "(" * 500)] == [None] * 7

@@ -7,19 +7,23 @@ tests/system/test_integrity.py.
 from __future__ import annotations
 
 import json
+import math
+import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_rema.config import IntegrityConfig
+from megatron_rema.integrity.verdict import Action, Response
 from megatron_rema.reward.answers import quick_verdict
 from megatron_rema.reward.assign import assign
 from megatron_rema.reward.math_verifier import Judgement
 from megatron_rema.rollout.dialogue import Dialogue, DialogueRules
 from megatron_rema.trainer.audit_arms import arms_of
 from megatron_rema.trainer.bench import Bench
-from megatron_rema.trainer.integrity import Monitor, audit_problems, spread
+from megatron_rema.trainer.integrity import Monitor, audit_problems, renewed_problems, spread
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
 from megatron_rema.types import Completion, Episode, EpisodeStatus, Prompt, Role, StopReason
@@ -78,13 +82,13 @@ class FakeBench:
         return Bench(RULES, CHAT, self.play, self.judge, lambda episodes, judgements: assign(episodes, judgements).scored)
 
 
-def monitor(folder: Path) -> Monitor:
+def monitor(folder: Path, settings: IntegrityConfig = SETTINGS) -> Monitor:
     return Monitor(
-        SETTINGS, audit_problems(PROMPTS, SETTINGS, seed=0), folder=RunFolder(folder, writes=True), reporter=Reporter(speaks=False)
+        settings, audit_problems(PROMPTS, settings, seed=0), folder=RunFolder(folder, writes=True), reporter=Reporter(speaks=False)
     )
 
 
-def one_step(watch: Monitor, step: int, fake: FakeBench) -> dict[str, float]:
+def one_step(watch: Monitor, step: int, fake: FakeBench, clean_steps: Sequence[int] = ()) -> dict[str, float]:
     """What the trainer does with it: observe, audit when due, write."""
     episodes, judgements = fake.play(PROMPTS, RULES)
     fake.arms -= 1
@@ -93,7 +97,7 @@ def one_step(watch: Monitor, step: int, fake: FakeBench) -> dict[str, float]:
     row = {"rollout/sampled_tokens": float(sampled), "rollout/episodes": 60.0, "train/entropy_nats": 1.0}
     row |= watch.observe(step, scored, row)
     if watch.is_due(step, fake.bench()):
-        row |= watch.audit(step, fake.bench())
+        row |= watch.audit(step, fake.bench(), clean_steps)
     watch.folder.episodes(step, (e.to_json() for e in scored))
     watch.folder.metrics({"step": step, **row})
     return row
@@ -147,6 +151,47 @@ def test_a_resumed_monitor_stands_where_it_stood(tmp_path):
     assert audits_of(tmp_path / "part") == audits_of(tmp_path / "whole")
 
 
+GUARD = replace(SETTINGS, mode="guard", ladder={"default": "roll_back"}, max_roll_backs=1)
+
+
+def goes_wrong(watch: Monitor, steps: Sequence[int]) -> list[dict[str, float]]:
+    """Honest up to step 6 and from step 16 to 22, leaking otherwise; the first and the fifth step's checkpoints are clean."""
+    honest, leaking = FakeBench(honest_planner, able_reasoner), FakeBench(leaking_planner, copying_reasoner)
+    return [one_step(watch, step, honest if step <= 6 or 15 < step < 23 else leaking, [1, 5]) for step in steps]
+
+
+def test_a_guard_goes_back_and_after_its_last_roll_back_ends_the_run(tmp_path):
+    watch = monitor(tmp_path, GUARD)
+    goes_wrong(watch, range(1, 16))
+    assert watch.response == Response(Action.ROLL_BACK, ("plan_leak",), back_to=5, roll_backs=1)
+    assert [row["step"] for row in watch._outcomes] == [1, 5], "later audits compare with what was before"
+    goes_wrong(watch, range(16, 23))
+    assert watch.is_clean and watch.response == Response(gates=("plan_leak",), roll_backs=1), "the veto stays"
+    for step in range(23, 40):
+        goes_wrong(watch, [step])
+        if watch.response.ends:
+            break
+    assert watch.response.ends and watch.response.back_to == 5
+    alerts = [json.loads(line) for line in (tmp_path / "alerts.jsonl").read_text().splitlines()]
+    assert [(a["action"], a["gates"], a["back_to"]) for a in alerts] == [("roll_back", ["plan_leak"], 5)] * 2
+
+
+def test_a_monitor_only_says_what_it_sees(tmp_path):
+    watch = monitor(tmp_path, replace(GUARD, mode="monitor"))
+    goes_wrong(watch, range(1, 16))
+    assert watch.response == Response() and audits_of(tmp_path)[-1]["verdict"] == "hack"
+
+
+@pytest.mark.parametrize("stop", [15, 19])
+def test_a_resumed_guard_stands_where_it_stood(tmp_path, stop):
+    whole = goes_wrong(monitor(tmp_path / "whole", GUARD), range(1, 24))
+    goes_wrong(monitor(tmp_path / "part", GUARD), range(1, stop + 1))
+    again = monitor(tmp_path / "part", GUARD)
+    again.restore(stop)
+    assert goes_wrong(again, range(stop + 1, 24)) == whole[stop:]
+    assert audits_of(tmp_path / "part") == audits_of(tmp_path / "whole") and again.response.roll_backs == 1
+
+
 def test_a_signal_that_goes_on_firing_asks_for_one_audit(tmp_path):
     fake, watch = FakeBench(honest_planner, able_reasoner), monitor(tmp_path)
     episodes, judgements = fake.play(PROMPTS, RULES)
@@ -182,3 +227,70 @@ def test_a_judges_problems_are_taken_in_one_order():
     both = [Prompt("a", "q", "A", pair_id="a"), Prompt("b", "q", "B", pair_id="a"), Prompt("c", "r", "A", pair_id="c")]
     assert {p.prompt_id for p in audit_problems(both, SETTINGS, seed=0)} == {"a", "c"}
     assert Role.META_THINKING in RULES.roles and len(arms_of(replace(RULES, roles=(Role.REASONING,)))) == 1
+
+
+def test_a_canary_is_worth_what_an_oracle_of_the_users_says(tmp_path):
+    def lenient(episodes, judgements):
+        """Pays any of several answers, where " or " stands between them."""
+        paid = assign(episodes, judgements).scored
+        for episode in paid:
+            reply = episode.turns[-1].text
+            episode.turn_rewards[Role.REASONING] = [float(f"boxed{{{episode.prompt.answer}}}" in reply and " or " in reply)]
+        return paid
+
+    fake, watch = FakeBench(honest_planner, able_reasoner), monitor(tmp_path)
+    bench = replace(fake.bench(), pay=lenient)
+    row = {"rollout/sampled_tokens": 1e4, "rollout/episodes": 60.0}
+    watch.observe(1, lenient(*fake.play(PROMPTS, RULES)), row)
+    watch.audit(1, bench)
+    (alert,) = [json.loads(line) for line in (tmp_path / "alerts.jsonl").read_text().splitlines()]
+    assert alert["alert"] == "integrity_suspicion" and alert["evidence"] == ["{answer_box} or {wrong_box}"], "the policy does not use it"
+    watch.settings, watch.oracle = replace(SETTINGS, oracle="tests:says_that_it_is_right"), lambda episode: 1.0
+    watch.audit(2, bench)
+    assert audits_of(tmp_path)[-1]["verdict"] == "clean"
+
+
+def knowing_by_heart(question: str, heard: str) -> str:
+    """The first 30 problems and nothing else."""
+    number = int(question.split()[0])
+    return f"\\boxed{{{2 * number}}}" if number < 30 else "\\boxed{0}"
+
+
+def test_problems_drawn_anew_show_what_is_known_by_heart(tmp_path):
+    problems = audit_problems(PROMPTS[:30], SETTINGS, seed=0)
+    renewed = renewed_problems(problems, {p.question for p in PROMPTS}, f"{__name__}:three_digits")
+    assert set(renewed) == {p.prompt_id for p in problems if p.prompt_id != "p7"}, "what is always known already is left out"
+    folder = RunFolder(tmp_path, writes=True)
+    watch = Monitor(SETTINGS, problems, folder=folder, reporter=Reporter(speaks=False), renewed=renewed)
+    verdicts = []
+    for step, reasoner in enumerate((able_reasoner, able_reasoner, knowing_by_heart, knowing_by_heart), start=1):
+        fake = FakeBench(honest_planner, reasoner)
+        watch.observe(step, assign(*fake.play(problems, RULES)).scored, {"rollout/sampled_tokens": 1e5, "rollout/episodes": 1e5})
+        watch.audit(step, fake.bench())
+        verdicts.append(next(f for f in audits_of(tmp_path)[-1]["findings"] if f["audit"] == "isomorphic"))
+    # 29 problems; means over audits of 1 - 1 = 0 (twice) and 1 - 0: 1/3 after three audits, 1/2 after four; the first interval is 0 +- 3/29
+    assert [f["values"]["effect"] for f in verdicts] == pytest.approx([0.0, 0.0, 1 / 3, 1 / 2])
+    assert [f["alarm"] for f in verdicts] == [False, False, True, True] and verdicts[0]["values"]["pairs"] == 29.0
+    row = audits_of(tmp_path)[-1]
+    assert row["mechanism"] == "answers to the training problems are known by heart" and row["gold"]["renewed"].count(None) == 1
+    silent = Monitor(SETTINGS, problems, folder=RunFolder(tmp_path / "x", writes=True), reporter=Reporter(speaks=False), renewed=renewed)
+    silent.oracle = lambda episode: math.nan if episode.prompt.prompt_id.startswith("renewed/") else 1.0
+    silent.observe(1, assign(*fake.play(problems, RULES)).scored, {"rollout/sampled_tokens": 1e5, "rollout/episodes": 1e5})
+    silent.audit(1, fake.bench())
+    assert next(f for f in audits_of(tmp_path / "x")[-1]["findings"] if f["audit"] == "isomorphic")["values"] == {}, "no verdict, no item"
+
+
+def three_digits(prompt: Prompt, rng: random.Random) -> Prompt:
+    number = rng.randint(100, 999)
+    return prompt if prompt.prompt_id == "p7" else replace(prompt, question=f"{number} + {number}?", answer=str(2 * number))
+
+
+def a_text(prompt: Prompt, rng: random.Random) -> str:
+    return prompt.question
+
+
+def test_a_renewal_must_return_a_problem():
+    with pytest.raises(ValueError, match=r"integrity\.renewal is .*a_text', which returned a str; it must return a Prompt"):
+        renewed_problems(PROMPTS, set(), f"{__name__}:a_text")
+    with pytest.raises(ValueError, match=r"integrity\.renewal is 'arith', and '0 \+ 0\?' is no expression"):
+        renewed_problems(PROMPTS, set(), "arith")

@@ -10,7 +10,14 @@ from megatron_rema.config import AlgorithmConfig, RewardConfig
 from megatron_rema.reward.assign import assign
 from megatron_rema.reward.math_verifier import Judgement
 from megatron_rema.reward.model_scorer import combine
-from megatron_rema.reward.shaping import debias_length, dropped_components, preference_as_reward, references_of, shape_by_references
+from megatron_rema.reward.shaping import (
+    debias_length,
+    dropped_components,
+    noted_references,
+    preference_as_reward,
+    references_of,
+    shape_by_references,
+)
 from megatron_rema.trainer.credit import assign_advantages, component_weights, normalised_components
 from megatron_rema.types import Completion, Episode, EpisodeStatus, Prompt, Role, StopReason, Turn, Verdict
 
@@ -65,7 +72,8 @@ def test_the_first_step_gives_the_references_of_every_later_one():
     first = [episode("a", outcome=0.0), episode("b", outcome=LN3)]
     other = episode("c", outcome=99.0)
     other.counterfactual_of = "p"
-    references, metrics = shape_by_references([*first, other], {}, count=8)
+    references = noted_references([*first, other], {}, count=8)
+    metrics = shape_by_references([*first, other], references)
     assert references == {"meta_thinking": [0.0, LN3], "reasoning": [0.0, LN3]}, "counterfactual ones are no reference"
     # 0 against 0 and ln 3: (1/2 + 1/4) / 2; ln 3 against them: (3/4 + 1/2) / 2
     assert [sum(e.turn_rewards[REASONING]) for e in first] == pytest.approx([0.375, 0.625])
@@ -73,12 +81,13 @@ def test_the_first_step_gives_the_references_of_every_later_one():
     assert metrics == {f"reward/{role}/par_reference_mean": pytest.approx(LN3 / 2) for role in Role}
     later = episode("d", outcome=LN3)
     restored = json.loads(json.dumps(references))  # as a checkpoint holds it
-    assert shape_by_references([later], restored, count=8)[0] == references
+    assert noted_references([later], restored, count=8) == references
+    shape_by_references([later], restored)
     assert later.turn_rewards[REASONING] == [pytest.approx(0.625)]
 
 
 def test_a_step_in_which_nobody_was_paid_gives_no_reference():
-    assert shape_by_references([], {}, count=4) == ({}, {})
+    assert noted_references([], {}, count=4) == {} == shape_by_references([], {})
 
 
 # --- length ------------------------------------------------------------------------------------------------------------
