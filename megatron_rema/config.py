@@ -552,6 +552,8 @@ def _check_mitigations(config: RunConfig) -> None:
         raise ConfigError(f"{name} with algorithm.advantage={config.algorithm.advantage}; it is grpo by component: set advantage=grpo.")
     if config.reward.shaping == "par":
         raise ConfigError(f"{name} with reward.shaping=par, which shapes the sum that is not looked at then: use one of them.")
+    if config.integrity.mode == "guard" and "shape" in config.integrity.ladder.values():
+        raise ConfigError(f"{name} with shape in integrity.ladder, which shapes the sum that is not looked at then: use another action.")
     if config.rollout.samples_per_plan > 1 or config.reward.scheme == "consistency":
         raise ConfigError(
             f"{name} with rollout.samples_per_plan {config.rollout.samples_per_plan}; what a plan shares with other answers is no part "
