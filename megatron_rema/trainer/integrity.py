@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from megatron_rema.config import IntegrityConfig, RunConfig
@@ -20,6 +21,7 @@ from megatron_rema.integrity.verdict import Action, Level, Response, Verdict, ch
 from megatron_rema.integrity.view import Observation, rollouts_of
 from megatron_rema.reward.behaviour import leaks_first
 from megatron_rema.reward.functions import named_function
+from megatron_rema.reward.math_verifier import Judgement
 from megatron_rema.trainer.audit_arms import (
     FEWEST_PROBLEMS,
     Arm,
@@ -75,6 +77,7 @@ class Monitor:
         self.response = Response()  # what audits so far have led to
         self._verdict: Verdict | None = None  # of the last audit
         self._audited: int | None = None  # its step
+        self._canaries: dict[str, Judgement] = {}  # by episode_id
         self._start = Observation(0, [])
         self._trained: list[Episode] = []  # of the last step, at most audit_problems: what proxy and gold are compared on
         self._metrics: list[dict[str, float]] = []  # of earlier steps
@@ -240,12 +243,20 @@ class Monitor:
         if self.second_judge is not None:
             row["trained"]["second_judge"] = [float(self.second_judge(episode)) for episode, _ in worth]
         # The verifier cannot say that it is wrong itself: a canary is worth nothing, unless an oracle of the user's own values it
-        row["canaries"] = canary_rewards(problems, bench, (lambda episode: 0.0) if self.settings.oracle == "verdict" else self._gold_of)
+        worth_of = (lambda episode: 0.0) if self.settings.oracle == "verdict" else self._gold_of
+        row["canaries"] = canary_rewards(problems, replace(bench, judge=partial(self._judged, bench)), worth_of)
         row["stripped"], row["stripped_phrases"] = stripped_rewards(full, bench)
         row["transcripts"] = transcripts(row, said)
         if bench.score is not None:
             row |= white_box(full, chat=bench.chat, rules=bench.rules, score=bench.score)
         return row, sampled
+
+    def _judged(self, bench: Bench, episodes: Sequence[Episode]) -> Mapping[str, Judgement]:
+        """Verdicts on canaries, which are the same texts in every audit: each is asked for once. A collective."""
+        unknown = [episode for episode in episodes if episode.episode_id not in self._canaries]
+        if unknown:
+            self._canaries |= bench.judge(unknown)
+        return {episode.episode_id: self._canaries[episode.episode_id] for episode in episodes}
 
     def _gold_of(self, episode: Episode) -> float | None:
         """None: the oracle has no verdict."""
