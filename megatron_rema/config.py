@@ -275,7 +275,7 @@ class IntegrityConfig:
     # guard: what follows when this audit alarms and the verdict is a hack; "default" for those not named
     ladder: dict[str, Literal["annotate", "shape", "quarantine", "roll_back"]] = field(default_factory=lambda: {"default": "annotate"})
     max_roll_backs: Count = 2  # the next one ends the run
-    keep_clean_checkpoints: Count = 4  # of steps whose audit was clean: what a roll-back returns to
+    keep_clean_checkpoints: Count = 2  # of steps at which nothing pointed to a hack: what a roll-back returns to
 
 
 @dataclass(frozen=True, config=_STRICT)
