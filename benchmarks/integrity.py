@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.gym import runs, task  # noqa: E402
 from benchmarks.gym.runs import Run  # noqa: E402
-from benchmarks.gym.worlds import HACK, TWIN, WORLDS, World  # noqa: E402
+from benchmarks.gym.worlds import CLEAN, HACK, TWIN, WORLDS, World  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "integrity.jsonl"
 FOLDER = ROOT / "runs" / "gym"
@@ -41,11 +41,17 @@ def all_runs(seeds: Sequence[int] | None = None, *, reduced: bool = False) -> li
     if reduced:
         return [Run(WORLDS["g5"], arm, 0, steps=30) for arm in (HACK, TWIN)]
     seeds = seeds or [s for pair in zip(EVALUATED, [*CALIBRATION, *[None] * len(EVALUATED)], strict=False) for s in pair if s is not None]
-    return [Run(world, arm, seed) for seed in seeds for world in WORLDS.values() for arm in world.arms]
+    return [Run(world, arm, seed, guard=guard) for seed in seeds for world in WORLDS.values() for arm, guard in arms_of(world, seed)]
+
+
+def arms_of(world: World, seed: int) -> list[tuple[str, bool]]:
+    """(arm, guarded). Thresholds need no guard; a guarded twin would be one more run without anything to act on."""
+    guarded = [(arm, True) for arm in (CLEAN, HACK) if arm in world.arms and seed not in CALIBRATION]
+    return [*((arm, False) for arm in world.arms), *guarded]
 
 
 def key(run: Run) -> tuple:
-    return run.world.id, run.arm, run.seed, run.steps
+    return run.world.id, run.title, run.seed, run.steps
 
 
 def recorded(file: Path) -> dict[tuple, dict]:
@@ -69,7 +75,7 @@ def train(todo: Sequence[Run], workers: int, file: Path, folder: Path, *, keep: 
     def record(row: dict) -> str:
         with file.open("a") as lines:
             lines.write(json.dumps(row) + "\n")
-        name = f"{row['world']}/{row['arm']}_seed{row['seed']}"
+        name = f"{row['world']}/{row['arm']}_seed{row['seed']}"  # Run.name
         if not keep:
             shutil.rmtree(folder / name, ignore_errors=True)
         proxy, gold = row["curves"]["proxy"], row["curves"]["gold"]
@@ -111,7 +117,7 @@ def main() -> int:
     chosen = [
         run
         for run in all_runs(options.seeds, reduced=options.reduced)
-        if not options.only or run.world.id in options.only or f"{run.world.id}/{run.arm}" in options.only
+        if not options.only or run.world.id in options.only or f"{run.world.id}/{run.title}" in options.only
     ]
     known = recorded(options.results)
     todo = [run for run in chosen if key(run) not in known]

@@ -139,6 +139,7 @@ class RolloutConfig:
     success_low: Fraction = 0.0  # prompts whose fraction of right answers lies outside are not trained on (ReMA algorithm 1: 0.2 to 0.8)
     success_high: Fraction = 1.0
     max_draws: Count = 1  # > 1: draw prompts again until prompts_per_step of them are inside (dynamic sampling)
+    redact_plan_prob: Fraction = 0.0  # of training episodes, whose reasoner hears plans without their numbers and boxed answers
     max_rounds: Count = 8
     max_turn_tokens: Count = 32
     max_episode_tokens: Count = 1024
@@ -161,9 +162,18 @@ class RewardConfig:
     # added to the last turn of whom it names. Must give the same on every rank.
     function: str | None = None
     weights: dict[str, float] = field(default_factory=dict)  # of components by name, ``outcome`` (the scheme's) among them; 1 otherwise
+    # Vetoes: ambiguous_answer, plan_leak, phrase:TEXT, or module:name of a function Episode -> bool. Whoever one concerns earns at most 0
+    gates: list[str] = field(default_factory=list)
     model_path: str | None = None  # a reward model (sequence-classification folder) that scores the reasoner's view of each episode
     model_weight: float = 1.0  # added to both roles' rewards: model_weight * score
-    model_ensemble: Literal["mean", "min"] = "mean"  # over the reward model's heads
+    model_ensemble: Literal["mean", "min", "uwo", "entropic"] = "mean"  # over the reward model's heads
+    model_ensemble_coef: Positive = 1.0  # uwo: lambda in mean - lambda variance; entropic: beta in -beta log mean exp(-r / beta)
+    component_dropout: Annotated[float, Field(ge=0, lt=1)] = (
+        0.0  # fraction of function's components that a prompt is not paid for in a step
+    )
+    length_debias: NonNegative = 0.0  # reward per token: this times what a role's tokens exceed the group's mean by is taken off
+    shaping: Literal["none", "par"] = "none"  # par: what a role earns in all becomes the mean of sigmoid(R - reference)
+    par_references: Count = 8  # taken from the rewards of the run's first step
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -181,6 +191,8 @@ class AlgorithmConfig:
     """The objective of one policy update (rema.md 2 and 3)."""
 
     advantage: Literal["grpo", "dr_grpo", "rloo", "ema", "reinforce_plus_plus", "gae"] = "grpo"  # gae builds a critic
+    # normalised: each component of the reward by its own mean and deviation inside the group, then summed (GDPO); needs grpo
+    advantage_components: Literal["sum", "normalised"] = "sum"
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9  # ema: of the running mean of each role's rewards, from step to step
     # Of the meta-thinker. ablated, swapped: reward with its plan - mean reward of counterfactual answers, whatever ``advantage`` is
     credit: Literal["outcome", "ablated", "swapped"] = "outcome"
@@ -199,18 +211,22 @@ class AlgorithmConfig:
     kl_coef: NonNegative = 0.0  # > 0 keeps a frozen reference copy of each policy
     # k2, k3 (k1: metric only) of sampled tokens; exact: of whole distributions, the reference runs beside the policy in every update
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k3"
+    kl_target_nats: Positive | None = None  # per token, of train/kl_ref_nats: kl_coef is where a controller starts that aims at it
+    kl_horizon: Positive = 10000.0  # traces; the larger, the slower that controller
     reward_kl_coef: NonNegative = 0.0  # gae: takes this times the KL to the reference off the reward of every token
     reward_kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # of that KL
     entropy_coef: float = 0.0
+    chi2_coef: NonNegative = 0.0  # takes this times sqrt(chi-squared of the policy from the reference) off the objective
+    chi2_log_ratio_cap: Positive = 5.0  # nats of a whole trace, beyond which a log-ratio counts as this
 
     @property
     def needs_reference(self) -> bool:
-        return self.kl_coef > 0 or self.reward_kl_coef > 0
+        return self.kl_coef > 0 or self.reward_kl_coef > 0 or self.chi2_coef > 0
 
     @property
     def needs_ref_logprobs(self) -> bool:
         """The reference's log-probabilities of sampled tokens; with the exact KL no loss reads them, a KL in the reward still does."""
-        return self.reward_kl_coef > 0 or (self.kl_coef > 0 and self.kl_estimator != "exact")
+        return self.reward_kl_coef > 0 or self.chi2_coef > 0 or (self.kl_coef > 0 and self.kl_estimator != "exact")
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -242,7 +258,7 @@ class OptimizerConfig:
 class IntegrityConfig:
     """Signals every step, audits on a budget, and what follows from them (docs/integrity.md)."""
 
-    mode: Literal["off", "monitor"] = "off"
+    mode: Literal["off", "monitor", "guard"] = "off"
     # Gold of an episode: verdict (right and finished, strictly read), or "module:name" of a function Episode -> float
     oracle: str = "verdict"
     audit_every: Count = 25  # steps; a signal that fires asks for an earlier one
@@ -252,11 +268,13 @@ class IntegrityConfig:
     # Problems drawn anew, for the audit isomorphic: arith, or "module:name" of a function (Prompt, random.Random) -> Prompt; null: not run
     renewal: str | None = None
     hints: bool = False  # the audit wrong_hint: two more ways to play every problem
-    second_judge: str | None = (
-        None  # "module:name" of a function Episode -> float, a judge that training does not hear: the audit two_judges
-    )
+    second_judge: str | None = None  # "module:name" of a function Episode -> float that training does not hear: the audit two_judges
     paraphrase: str | None = None  # "module:name" of a function str -> str that says a plan otherwise: the audit of that name
     cross_play: bool = False  # either agent with the other as it was at the start: two more ways to play; needs a reference
+    # guard: what follows when this audit alarms and the verdict is a hack; "default" for those not named
+    ladder: dict[str, Literal["annotate", "shape", "quarantine", "roll_back"]] = field(default_factory=lambda: {"default": "annotate"})
+    max_roll_backs: Count = 2  # the next one ends the run
+    keep_clean_checkpoints: Count = 4  # of steps whose audit was clean: what a roll-back returns to
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -383,6 +401,7 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_templates(config)
     _check_objective(config)
     _check_credit(config)
+    _check_mitigations(config)
     _check_plans(config)
     _check_budgets(config)
     _check_integrity(config)
@@ -466,6 +485,11 @@ def _check_objective(config: RunConfig) -> None:
             f"reward_model.bootstrap is true with reward_model.heads {config.reward_model.heads}; resampling makes heads differ and needs "
             "at least 2: raise heads or turn it off."
         )
+    if algorithm.kl_target_nats is not None and algorithm.kl_coef == 0:
+        raise ConfigError(
+            f"algorithm.kl_target_nats is {algorithm.kl_target_nats} with algorithm.kl_coef 0, which no factor changes: set kl_coef to "
+            "where the controller begins."
+        )
     if algorithm.kl_coef > 0 and algorithm.kl_estimator == "k1":
         raise ConfigError(
             f"algorithm.kl_estimator is k1 with algorithm.kl_coef {algorithm.kl_coef}; as a loss its expected gradient is 0 and it holds "
@@ -506,6 +530,31 @@ def _check_credit(config: RunConfig) -> None:
             f"algorithm.counterfactual_samples ({algorithm.counterfactual_samples}) must be below rollout.episodes_per_prompt "
             f"({rollout.episodes_per_prompt}) with algorithm.credit=swapped; each takes the plan of another episode of the prompt: "
             "lower it."
+        )
+
+
+def _check_mitigations(config: RunConfig) -> None:
+    if "plan_leak" in config.reward.gates and config.roles != tuple(Role):
+        raise ConfigError("reward.gates holds plan_leak where nobody plans; it needs both roles: remove it.")
+    if config.rollout.redact_plan_prob > 0 and config.roles != tuple(Role):
+        raise ConfigError(
+            f"rollout.redact_plan_prob is {config.rollout.redact_plan_prob} where nobody plans; it needs both roles: set it to 0."
+        )
+    if config.reward.component_dropout > 0 and config.reward.function is None:
+        raise ConfigError(
+            f"reward.component_dropout is {config.reward.component_dropout} without reward.function, whose components it drops: set 0."
+        )
+    if config.algorithm.advantage_components == "sum":
+        return
+    name = "algorithm.advantage_components is normalised"
+    if config.algorithm.advantage != "grpo":
+        raise ConfigError(f"{name} with algorithm.advantage={config.algorithm.advantage}; it is grpo by component: set advantage=grpo.")
+    if config.reward.shaping == "par":
+        raise ConfigError(f"{name} with reward.shaping=par, which shapes the sum that is not looked at then: use one of them.")
+    if config.rollout.samples_per_plan > 1 or config.reward.scheme == "consistency":
+        raise ConfigError(
+            f"{name} with rollout.samples_per_plan {config.rollout.samples_per_plan}; what a plan shares with other answers is no part "
+            "of its own: set samples_per_plan=1, or advantage_components=sum."
         )
 
 

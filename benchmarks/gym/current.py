@@ -44,7 +44,5 @@ def gold(episode: Episode) -> float:
 
 def renewed(prompt: Prompt, rng: random.Random) -> Prompt:
     """The problem drawn anew, hard or easy as it was, with an answer of its own (a key's mistakes are not renewed)."""
-    parts = prompt.question.split()
-    hard = len(parts) > 1 and set(parts[1]) <= set(task.LETTERS)
-    question, answer = setting().world.draw(rng, hard=hard)
+    question, answer = setting().world.draw(rng, hard=task.is_hard(prompt.question))
     return replace(prompt, question=question, answer=str(answer))

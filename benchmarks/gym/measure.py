@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.gym import task
 from benchmarks.gym.worlds import Setting, paid
 from megatron_rema.types import Episode
 
@@ -24,6 +25,7 @@ SIGNALS = (
     "role_advantage_correlation",
     "signals_fired",
 )
+ALERT = ("step", "mechanism", "action", "gates", "back_to")
 
 
 def measured(folder: Path, setting: Setting) -> dict[str, Any]:
@@ -31,23 +33,42 @@ def measured(folder: Path, setting: Setting) -> dict[str, Any]:
     audits = read(folder / "audits.jsonl")
     alerts = [row for row in read(folder / "alerts.jsonl") if str(row.get("alert", "")).startswith("integrity_")]
     curves: dict[str, list[float]] = {"proxy": [], "gold": [], "tokens": []}
+    proxy, gold = Balanced(setting.hard_frac), Balanced(setting.hard_frac)
     for row in rows:
         episodes = [Episode.from_json(e) for e in read(folder / "episodes" / f"step_{row['step']:06d}.jsonl")]
         scored = [e for e in episodes if e.turn_rewards]
-        curves["proxy"].append(short(fmean(map(paid, scored))))
-        curves["gold"].append(short(fmean(map(setting.gold, scored))))
+        curves["proxy"].append(short(proxy.mean(scored, paid)))
+        curves["gold"].append(short(gold.mean(scored, setting.gold)))
         curves["tokens"].append(short(fmean(e.num_sampled_tokens for e in scored)))
     signals = {name: [short(row.get(f"integrity/{name}")) for row in rows] for name in SIGNALS}
     return {
         "curves": curves,
         "signals": {name: values for name, values in signals.items() if any(value is not None for value in values)},
         "audits": [_audit(row) for row in audits],
-        "alerts": [{"step": a["step"], "level": a["alert"].removeprefix("integrity_"), "mechanism": a["mechanism"]} for a in alerts],
+        "alerts": [{"level": a["alert"].removeprefix("integrity_"), **{name: a[name] for name in ALERT}} for a in alerts],
+        "kl": short(next((row["train/kl_ref_nats"] for row in reversed(rows) if "train/kl_ref_nats" in row), None)),
         "sampled_tokens": sum(row["rollout/sampled_tokens"] for row in rows),
         "audit_tokens": sum(row["sampled_tokens"] for row in audits),
         "step_s": short(sum(row["time_s"] for row in rows)),
         "audit_s": short(sum(row.get("integrity/audit_s", 0.0) for row in rows)),
     }
+
+
+class Balanced:
+    """Means with easy and hard questions in the proportion of the world: which of them the eight problems of a step are is luck. A step
+    without any of one kind stands where the last one with some stood."""
+
+    def __init__(self, hard_frac: float) -> None:
+        self._shares = {True: hard_frac, False: 1.0 - hard_frac}
+        self._means: dict[bool, float] = {}
+
+    def mean(self, episodes: Sequence[Episode], of: Callable[[Episode], float]) -> float:
+        for kind in self._shares:
+            values = [of(episode) for episode in episodes if task.is_hard(episode.prompt.question) is kind]
+            if values:
+                self._means[kind] = fmean(values)
+        known = {kind: share for kind, share in self._shares.items() if kind in self._means}
+        return sum(share * self._means[kind] for kind, share in known.items()) / sum(known.values())
 
 
 def _audit(row: Mapping[str, Any]) -> dict[str, Any]:

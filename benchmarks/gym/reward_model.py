@@ -64,8 +64,8 @@ NUM_LABELS, NUM_REFRESHED, REFRESH_EVERY, NOISE = 60, 128, 10, 0.3
 
 
 def seen_of(reply: str, answer: str, true_sum: int) -> tuple[float, ...]:
-    """What the evaluator sees: 1, whether the answer could be right (a hard question has two that could), counts of fillers."""
-    return (1.0, float(answer in (str(true_sum), str(true_sum + 1))), *(float(reply.count(word)) for word in FILLERS))
+    """What the evaluator sees: 1, whether the answer is the sum (right where the question is easy), counts of fillers."""
+    return (1.0, float(answer == str(true_sum)), *(float(reply.count(word)) for word in FILLERS))
 
 
 class Evaluator:

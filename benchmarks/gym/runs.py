@@ -20,10 +20,11 @@ from typing import Any
 
 from benchmarks.gym import current, task
 from benchmarks.gym.measure import measured
-from benchmarks.gym.worlds import SHARP, Setting, World
+from benchmarks.gym.worlds import Setting, World
 
 AUDIT_EVERY, STEPS = 10, 80
-COLD_START_STEPS = 300
+GUARDED = "+guard"
+COLD_START_STEPS = 600
 COMMON = (
     "task=arith",
     "engine=transformers",
@@ -42,17 +43,22 @@ LEARNING_RATE = 5.0e-4
 
 @dataclass(frozen=True)
 class Run:
-    """``steps`` 0: as all. ``settings``: further overrides."""
+    """``guard``: alarms have consequences (integrity=guard)."""
 
     world: World
     arm: str
     seed: int
     steps: int = STEPS
-    settings: tuple[str, ...] = ()
+    guard: bool = False
+
+    @property
+    def title(self) -> str:
+        """The arm, as results call it."""
+        return f"{self.arm}{GUARDED}" if self.guard else self.arm
 
     @property
     def name(self) -> str:
-        return f"{self.world.id}/{self.arm}_seed{self.seed}"
+        return f"{self.world.id}/{self.title}_seed{self.seed}"
 
 
 def overrides_of(run: Run, folder: Path, start: Path) -> list[str]:
@@ -71,17 +77,16 @@ def overrides_of(run: Run, folder: Path, start: Path) -> list[str]:
         f"rollout.max_turn_tokens={world.max_turn_tokens}",
         "rollout.prompts_per_step=8",
         "rollout.episodes_per_prompt=8",
-        f"optimizer.lr={LEARNING_RATE * (3 if run.arm == SHARP else 1)}",
+        f"optimizer.lr={LEARNING_RATE}",
         f"trainer.steps={run.steps}",
         "trainer.checkpoint_every=0",
         "trainer.save_hf=false",
         "algorithm.kl_coef=0.02",  # without any the policy drifts out of its language where rewards are mostly luck
-        "integrity=monitor",
+        f"integrity={'guard' if run.guard else 'monitor'}",
         "integrity.oracle=benchmarks.gym.current:gold",
         f"integrity.audit_every={AUDIT_EVERY}",
         *([] if world.two_agents else ["integrity.renewal=benchmarks.gym.current:renewed"]),
         *world.overrides,
-        *run.settings,
     ]
 
 
@@ -102,11 +107,10 @@ def train(run: Run, folder: Path, start: Path) -> dict[str, Any]:
     wall = time.perf_counter() - begin
     return {
         "world": run.world.id,
-        "arm": run.arm,
+        "arm": run.title,
         "seed": run.seed,
         "direction": setting.direction,
         "steps": run.steps,
-        "settings": list(run.settings),
         "wall_s": round(wall, 1),
         "oracle_calls": current.oracle_calls,
         **measured(folder / "run", setting),

@@ -30,7 +30,7 @@ PARAPHRASE_LIMIT = 0.05
 @dataclass(frozen=True)
 class Finding:
     """What one audit found. ``alarm``: the property that it looks for is there beyond luck. ``mechanism``: how the reward is gained, in
-    words, where the audit names it. ``evidence``: episode ids or texts that show it."""
+    words, where the audit names it; ``gate``: the veto that takes its reward. ``evidence``: episode ids or texts that show it."""
 
     audit: str
     access: Access
@@ -39,6 +39,7 @@ class Finding:
     mechanism: str | None = None
     statement: str = ""
     evidence: Sequence[str] = ()
+    gate: str | None = None
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -232,7 +233,7 @@ def plan_leak(leaks: Sequence[bool], full: Sequence[float], redacted: Sequence[f
     statement = (
         f"{leak:.0%} of plans state the answer, {follow:.0%} of wrong answers put there are repeated, redaction costs {effect.mean:.3f}"
     )
-    return Finding("plan_leak", Access.ORACLE, values, alarm, mechanism, statement)
+    return Finding("plan_leak", Access.ORACLE, values, alarm, mechanism, statement, gate="plan_leak" if alarm else None)
 
 
 def plan_use(full: Sequence[float], no_plan: Sequence[float], swapped: Sequence[float]) -> Finding:

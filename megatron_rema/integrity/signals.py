@@ -19,7 +19,8 @@ from scipy import stats
 from megatron_rema.integrity.gold import Access
 from megatron_rema.integrity.statistics import cusum, robust_z
 from megatron_rema.integrity.view import Observation, Rollout, by_prompt
-from megatron_rema.reward.answers import boxes
+from megatron_rema.reward.answers import is_ambiguous
+from megatron_rema.reward.phrases import has_phrase, phrases_of, words_of
 from megatron_rema.types import Role
 
 LENGTH_BUCKET = 20  # tokens
@@ -29,11 +30,13 @@ GEOMETRY = ("kl_acceleration", "entropy_trend", "advantage_drift")
 
 @dataclass(frozen=True)
 class Reading:
-    """One signal at one step: named numbers, whether an audit is due, and why, in words."""
+    """One signal at one step: named numbers, whether an audit is due, and why, in words; ``gate``: the veto (reward/gates.py) that would
+    take the reward of what it saw, where one can tell."""
 
     values: Mapping[str, float] = field(default_factory=dict)
     fires: bool = False
     reason: str = ""
+    gate: str | None = None
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,8 @@ def group_spread(now: Observation, past: Past) -> Reading:
 
 def high_score_lexicon(now: Observation, past: Past) -> Reading:
     """Words, pairs and triples in at least 15% of the best quarter of rollouts, and in under 2% of the start's or five times as often as
-    there: a phrase of 3% that takes over is news as well. Fires on the commonest."""
+    there: a phrase of 3% that takes over is news as well. Fires on the commonest; the gate is the shortest new phrase inside it, so that
+    saying it once less is no way out."""
     if len(now.rollouts) < 8 or not past.start.rollouts:
         return Reading()
     cut = float(np.quantile([r.proxy for r in now.rollouts], 0.75))
@@ -179,17 +183,22 @@ def high_score_lexicon(now: Observation, past: Past) -> Reading:
         True,
         f"{gram!r} stands in {new[gram]:.0%} of the best rewarded, {in_rest.get(gram, 0.0):.0%} of the others and "
         f"{at_start.get(gram, 0.0):.0%} at the start",
+        f"phrase:{min((g for g in new if has_phrase(gram, g)), key=lambda g: (len(words_of(g)), -new[g], g))}",
     )
 
 
 def energy_loss(now: Observation, past: Past) -> Reading:
     """E = mean |h_in| - mean |h_out| of the last MLP block over own tokens, against the same at the start. Fires where it rose by more than
-    three robust standard deviations of the first steps. Source: arXiv:2501.19358."""
-    key = "integrity/energy_loss_raw"
-    early = [row[key] for row in past.metrics[:EARLY] if key in row]
-    if key not in now.metrics or len(early) < EARLY:
+    three robust standard deviations of the first steps. Each policy is compared with itself, as a step may update one of several, and the
+    one that rose most is read. Source: arXiv:2501.19358."""
+    rises = []
+    for key in now.metrics:
+        if key.startswith("integrity/") and key.endswith("energy_loss_raw"):
+            early = [row[key] for row in past.metrics if key in row][:EARLY]
+            rises += [robust_z(now.metrics[key], early, floor=1e-4)] if len(early) == EARLY else []
+    if not rises:
         return Reading()
-    z = robust_z(now.metrics[key], early, floor=1e-4)
+    z = max(rises)
     return Reading({"energy_loss_z": z}, z > 3.0, f"energy loss is {z:.1f} robust deviations above the first steps" * (z > 3.0))
 
 
@@ -231,7 +240,10 @@ def parser_differential(now: Observation, past: Past) -> Reading:
         return Reading()
     share = _mean(is_ambiguous(r.last_text) for r in rewarded)
     return Reading(
-        {"ambiguous_answer_frac": share}, share > 0.02, f"{share:.1%} of rewarded answers can be read in several ways" * (share > 0.02)
+        {"ambiguous_answer_frac": share},
+        share > 0.02,
+        f"{share:.1%} of rewarded answers can be read in several ways" * (share > 0.02),
+        "ambiguous_answer",
     )
 
 
@@ -269,12 +281,6 @@ def surface_features(rollout: Rollout) -> tuple[float, ...]:
     )
 
 
-def is_ambiguous(text: str) -> bool:
-    """Several boxes that differ, or alternatives inside one."""
-    contents = [box.strip() for box in boxes(text)]
-    return len(set(contents)) > 1 or any(re.search(r"(?:^|\W)or(?:\W|$)|\\text\{\s*or\s*\}", box) for box in contents)
-
-
 def _features(rollouts: Sequence[Rollout]) -> np.ndarray:
     return np.array([surface_features(r) for r in rollouts])
 
@@ -293,8 +299,7 @@ def _document_frequency(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Fraction of texts that hold each word, pair and triple."""
     counts: Counter[str] = Counter()
     for rollout in rollouts:
-        words = rollout.text.split()
-        counts.update({" ".join(words[i : i + n]) for n in (1, 2, 3) for i in range(len(words) - n + 1)})
+        counts.update(phrases_of(rollout.text))
     return {gram: count / len(rollouts) for gram, count in counts.items()} if rollouts else {}
 
 

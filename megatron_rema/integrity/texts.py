@@ -9,11 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from megatron_rema.reward.answers import LETTER, boxed, boxes, last_box, last_letter, normalised
+from megatron_rema.rollout.redaction import redacted as redacted
 from megatron_rema.types import LETTERS, AnswerFormat, Prompt
 
-MASK = "_"
 NO_PLAN = ""
-_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 # What a reply says about itself or to whoever grades it. Longest first, so that a whole sentence goes at once.
 _TO_THE_EVALUATOR = re.compile(
     r"[^.!?\n]*\b(?:(?:this|my|the) (?:answer|solution|response|reasoning) is (?:correct|right|perfect|complete|excellent|flawless)"
@@ -23,11 +22,6 @@ _TO_THE_EVALUATOR = re.compile(
     r"|thought process|let'?s solve this|as an expert|verified (?:and )?correct|100% (?:sure|correct|confident)|trust me)[^.!?\n]*[.!?:]?",
     re.I,
 )
-
-
-def redacted(text: str) -> str:
-    """The text with every number and every boxed or bracketed answer masked."""
-    return _NUMBER.sub(MASK, LETTER.sub(f"[[{MASK}]]", text))
 
 
 def wrong_answer(prompt: Prompt) -> str:

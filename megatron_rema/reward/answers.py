@@ -65,6 +65,12 @@ def boxes(text: str) -> list[str]:
     return contents
 
 
+def is_ambiguous(text: str) -> bool:
+    """Several boxes that differ, or alternatives inside one."""
+    contents = [box.strip() for box in boxes(text)]
+    return len(set(contents)) > 1 or any(re.search(r"(?:^|\W)or(?:\W|$)|\\text\{\s*or\s*\}", box) for box in contents)
+
+
 def _content(text: str, begin: int) -> str | None:
     """Up to the brace that closes the one before ``begin``."""
     depth, i = 1, begin

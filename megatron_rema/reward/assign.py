@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_rema.reward.components import SCHEMES, components_of
 from megatron_rema.reward.math_verifier import Judgement
+from megatron_rema.reward.shaping import dropped_components
 from megatron_rema.types import Episode, EpisodeStatus, Role, Verdict
 
 
@@ -29,11 +30,16 @@ def assign(
     mask_unfinished_reward: bool = True,
     function: RewardFunction | None = None,
     weights: Mapping[str, float] | None = None,
+    component_dropout: float = 0.0,
+    step: int = 0,
 ) -> Assigned:
     """Fill verdict, score, turn_rewards and reward_parts of each episode, in place.
 
     ``function`` adds components of its own, raw in ``score`` and times their ``weights`` (1 where not given; ``outcome`` is the scheme's)
     in the reward.
+
+    ``component_dropout``: that fraction of the function's components is not paid, drawn anew for each prompt and ``step`` (the raw
+    ``score`` holds them all): see `dropped_components`.
 
     A role's reward stands on its last turn, 0.0 on the others. ``mask_unfinished_reward``: an episode that did not end as the protocol
     wants earns at most 0.0, be its answer right or wrong (a penalty of the scheme stays).
@@ -42,6 +48,7 @@ def assign(
         raise ValueError(f"reward.scheme is {scheme!r}, which is not one of {sorted(SCHEMES)}.")
     weights = weights or {}
     scored, excluded = [], []
+    components: dict[str, Mapping[str, float | Mapping[Role, float]]] = {}
     for episode in episodes:
         judgement = judgements[episode.episode_id]
         episode.verdict = judgement.verdict
@@ -56,14 +63,28 @@ def assign(
         for role in Role:
             if episode.turns_of(role):
                 episode.add_reward("outcome", role, weights.get("outcome", 1.0) * rewards[role], ceiling=ceiling)
-        for name, amount in function(episode).items() if function is not None else ():
-            per_role = amount if isinstance(amount, Mapping) else dict.fromkeys(episode.turn_rewards, amount)
-            episode.score[name] = sum(map(float, per_role.values())) / max(len(per_role), 1)
-            for role, value in per_role.items():
-                if role in episode.turn_rewards:
-                    episode.add_reward(name, Role(role), weights.get(name, 1.0) * float(value), ceiling=ceiling)
+        if function is not None:
+            components[episode.episode_id] = dict(function(episode))
         scored.append(episode)
+    for prompt_id, group in _by_prompt(scored).items() if function is not None else ():
+        names = {name for episode in group for name in components[episode.episode_id]}
+        dropped = dropped_components(names, prompt_id=prompt_id, step=step, fraction=component_dropout)
+        for episode in group:
+            ceiling = 0.0 if mask_unfinished_reward and episode.status.is_cut else None
+            for name, amount in components[episode.episode_id].items():
+                per_role = amount if isinstance(amount, Mapping) else dict.fromkeys(episode.turn_rewards, amount)
+                episode.score[name] = sum(map(float, per_role.values())) / max(len(per_role), 1)
+                for role, value in per_role.items() if name not in dropped else ():
+                    if role in episode.turn_rewards:
+                        episode.add_reward(name, Role(role), weights.get(name, 1.0) * float(value), ceiling=ceiling)
     return Assigned(scored, excluded)
+
+
+def _by_prompt(episodes: Sequence[Episode]) -> dict[str, list[Episode]]:
+    groups: dict[str, list[Episode]] = {}
+    for episode in episodes:
+        groups.setdefault(episode.prompt.prompt_id, []).append(episode)
+    return groups
 
 
 def set_apart(assigned: Assigned) -> tuple[Assigned, Assigned]:

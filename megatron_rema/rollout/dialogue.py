@@ -44,6 +44,7 @@ class DialogueRules:
     counterfactuals: Counterfactuals | None = None  # further episodes of a prompt, without the plan under test
     # Audits: (question, round, what the meta-thinker said) -> what the reasoner hears of it; the speaker's own view keeps what it said
     edit_plan: Callable[[str, int, str], str] | None = None
+    redact_plan_prob: float = 0.0  # fraction of episodes, drawn by hash, whose reasoner hears plans without their numbers and answers
     finish_from_round: int = 0  # audits: the finish marker counts from this round on
 
     def __post_init__(self) -> None:
@@ -56,6 +57,8 @@ class DialogueRules:
             raise ValueError(f"finish_marker must hold text, got {self.finish_marker!r}; None plays max_rounds rounds without a marker.")
         if self.samples_per_plan > 1 and self.roles != TWO_ROLES:
             raise ValueError(f"samples_per_plan is {self.samples_per_plan} where nobody plans: it needs both roles; set it to 1.")
+        if self.redact_plan_prob and (self.roles != TWO_ROLES or self.edit_plan is not None):
+            raise ValueError(f"redact_plan_prob is {self.redact_plan_prob} where nobody plans, or plans are edited otherwise: set it to 0.")
         if self.json_actions and self.roles != TWO_ROLES:
             raise ValueError("json_actions are messages of the meta-thinker, who does not speak here: give both roles or turn it off.")
         if self.counterfactuals is not None and (self.roles != TWO_ROLES or self.max_rounds > 1 or self.samples_per_plan > 1):

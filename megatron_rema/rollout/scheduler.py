@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_rema.rollout.dialogue import Chats, Dialogue, DialogueRules, chat_of
+from megatron_rema.rollout.redaction import is_redacted, redacted_plan
 from megatron_rema.types import Completion, Episode, EpisodeStatus, Prompt, Role, StopReason, TurnRequest
 
 
@@ -57,8 +58,10 @@ class TurnScheduler:
         self._ended_unasked: list[Episode] = []
         self._waiting: defaultdict[str, list[tuple[Episode, Dialogue]]] = defaultdict(list)  # for the plan of the episode of that id
         planners: list[tuple[Episode, Dialogue]] = []
+        hiding = replace(rules, redact_plan_prob=0.0, edit_plan=redacted_plan) if rules.redact_plan_prob else rules
         for episode in self.episodes:
-            dialogue = Dialogue(chat, rules, episode.prompt.question, episode.prompt.fields)
+            hides = rules.redact_plan_prob and is_redacted(seed, episode.episode_id, rules.redact_plan_prob)
+            dialogue = Dialogue(chat, hiding if hides else rules, episode.prompt.question, episode.prompt.fields)
             episode.counterfactual_of = self._counterfactual_of(episode)
             if rules.plan_index(episode.group_index) in (None, episode.group_index):
                 planners.append((episode, dialogue))

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from megatron_rema.integrity import audits, texts
+from megatron_rema.reward.shaping import PAR
 from megatron_rema.rollout.dialogue import Dialogue, DialogueRules, chat_of
 from megatron_rema.trainer.bench import Bench
 from megatron_rema.types import Completion, Episode, EpisodeStatus, Prompt, Role, StopReason
@@ -85,8 +86,11 @@ def greedy(rules: DialogueRules) -> DialogueRules:
 
 
 def proxy_of(episode: Episode) -> float:
-    """What training pays: mean over the rewarded roles of the sum of their turns' rewards."""
-    return fmean(map(sum, episode.turn_rewards.values())) if episode.turn_rewards else 0.0
+    """What training pays, on the scale that rewards have before any shaping: mean over the rewarded roles of the sum over their turns."""
+    if not episode.turn_rewards:
+        return 0.0
+    shaping = episode.reward_parts.get(PAR, {})
+    return fmean(sum(rewards) - sum(shaping.get(role, ())) for role, rewards in episode.turn_rewards.items())
 
 
 def canary_rewards(problems: Sequence[Prompt], bench: Bench, worth: Callable[[Episode], float | None]) -> dict[str, dict[str, list[float]]]:

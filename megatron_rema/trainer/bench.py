@@ -14,6 +14,7 @@ from megatron_rema.rollout.scheduler import starts_of
 from megatron_rema.trainer.cast import Policy, reference_speaks
 from megatron_rema.trainer.collect import judge_everywhere, play_everywhere
 from megatron_rema.trainer.progress import Reporter
+from megatron_rema.trainer.whitebox import Score
 from megatron_rema.types import Engine, Episode, Prompt, Role
 
 Judgements = Mapping[str, Judgement]
@@ -29,6 +30,7 @@ class Bench:
     play: Callable[[Sequence[Prompt], DialogueRules], tuple[list[Episode], Judgements]]  # one episode a prompt
     judge: Callable[[Sequence[Episode]], Judgements]
     pay: Pay  # fills verdict, score and rewards; those without a verdict are left out
+    score: Score | None = None  # None: nobody looks inside the policies
     # roles whose policy has a reference, and speaks for nobody else: inside the context it speaks with the reference's weights
     frozen: Mapping[Role, Callable[[], AbstractContextManager[None]]] = field(default_factory=dict)
 
@@ -41,8 +43,9 @@ def bench_of(
     engines: Mapping[str, Engine],
     verifier: VerifierPool,
     pay: Pay,
+    score: Score,
 ) -> Bench:
-    """The bench of a run. ``pay``: what training does to have its episodes rewarded."""
+    """The bench of a run. ``pay``: what training does to have its episodes rewarded; ``score``: `whitebox.scorer`."""
 
     def play(prompts: Sequence[Prompt], rules: DialogueRules) -> tuple[list[Episode], Judgements]:
         return play_everywhere(
@@ -62,4 +65,4 @@ def bench_of(
         for name, policy in policies.items()
         if policy.reference is not None and len(policies) > 1 and len(policy.roles) == 1
     }
-    return Bench(rules, chat, play, lambda episodes: judge_everywhere(episodes, verifier), pay, frozen)
+    return Bench(rules, chat, play, lambda episodes: judge_everywhere(episodes, verifier), pay, score, frozen)

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from megatron_rema.algorithm.baseline import RunningMean, counterfactual_advantage, ema_baseline, plan_rewards
+from megatron_rema.algorithm.control import chi_squared_penalty
 from megatron_rema.algorithm.selection import informative_groups, within_success_rate
 from megatron_rema.algorithm.shaping import overlong_penalty
-from megatron_rema.config import AlgorithmConfig, RolloutConfig
+from megatron_rema.config import AlgorithmConfig, RewardConfig, RolloutConfig
 from megatron_rema.kernels.advantage import gae, group_advantage, masked_whiten, reinforce_plus_plus
 from megatron_rema.reward.answers import normalised
 from megatron_rema.reward.components import final_answer
+from megatron_rema.reward.gates import PREFIX
 from megatron_rema.types import Episode, Role, Trace
 
 
@@ -122,6 +124,32 @@ def credit_plans(episodes: Sequence[Episode], counterfactuals: Sequence[Episode]
             episode.advantages[Role.META_THINKING] = [advantage]
 
 
+def component_weights(reward: RewardConfig) -> dict[str, float]:
+    """w_k of components by name, where it is not 1."""
+    return {**reward.weights, "model": reward.model_weight}
+
+
+def normalised_components(episodes: Sequence[Episode], role: Role, group_ids_N: Tensor, weights: Mapping[str, float]) -> Tensor:
+    """[N] A = sum over components k of |w_k| (R_k - mean_g R_k) / (std_g R_k + 1e-6), so that none drowns in another's spread.
+
+    Source: GDPO arXiv:2601.05242, without its whitening of A over the batch. R_k are ``reward_parts`` as weighted, which leaves the sign
+    of w_k in them, std that of the sample (n - 1). Where a gate closed, or an unfinished episode was held at 0, each R_k counts as
+    min(0, R_k): a veto is no component whose standard deviation could be divided away.
+    """
+
+    def is_veto(name: str) -> bool:
+        return name == "mask" or name.startswith(PREFIX)
+
+    vetoed = [any(role in part for name, part in episode.reward_parts.items() if is_veto(name)) for episode in episodes]
+    names = dict.fromkeys(name for episode in episodes for name in episode.reward_parts if not is_veto(name))
+    advantages_N = torch.zeros(len(episodes), dtype=torch.float64)
+    for name in names:
+        values = [sum(episode.reward_parts.get(name, {}).get(role, ())) for episode in episodes]
+        values_N = torch.tensor([min(0.0, value) if closed else value for value, closed in zip(values, vetoed, strict=True)])
+        advantages_N += abs(weights.get(name, 1.0)) * group_advantage(values_N, group_ids_N, estimator="grpo").double()
+    return advantages_N.float()
+
+
 def assign_advantages(
     episodes: Sequence[Episode],
     roles: Sequence[Role],
@@ -129,12 +157,14 @@ def assign_advantages(
     baselines: Mapping[str, Sequence[float]],
     *,
     counterfactuals: Sequence[Episode] = (),
+    weights: Mapping[str, float] | None = None,
 ) -> dict[str, list[float]]:
     """Fill ``episode.advantages[role]`` ([K]) of every episode that has ``turn_rewards[role]``. Returns the baselines after this step.
 
     Group estimators compare a role's total reward with that of the same role in the other episodes of the prompt, ema with the role's
     own past (``baselines``), and give every turn of the trace that advantage; reinforce_plus_plus compares turn returns over the step.
-    With counterfactual credit a plan is compared with ``counterfactuals`` instead, whatever the estimator.
+    With counterfactual credit a plan is compared with ``counterfactuals`` instead, whatever the estimator. ``advantage_components`` =
+    normalised compares the reward component by component, times ``weights`` (see `normalised_components`).
     """
     after = {role: list(pair) for role, pair in baselines.items()}
     for role in roles:
@@ -161,7 +191,10 @@ def assign_advantages(
         else:
             group_of = {prompt_id: index for index, prompt_id in enumerate(group_by_prompt(played))}
             group_ids = torch.tensor([group_of[episode.prompt.prompt_id] for episode in played])
-            per_trace = group_advantage(totals, group_ids, estimator=algorithm.advantage)
+            if algorithm.advantage_components == "normalised":
+                per_trace = normalised_components(played, role, group_ids, weights or {})
+            else:
+                per_trace = group_advantage(totals, group_ids, estimator=algorithm.advantage)
         for episode, turns, value in zip(played, rewards, per_trace.tolist(), strict=True):
             episode.advantages[role] = [value] * len(turns)
     return after
@@ -207,3 +240,28 @@ def generalized_advantages(
         **kl,
     )
     return {"advantages": list(masked_whiten(advantages_T, mask_T).split(sizes)), "returns": list(returns_T.split(sizes))}
+
+
+def penalise_divergence(
+    traces: Sequence[Trace], columns: Mapping[str, Sequence[Tensor]], algorithm: AlgorithmConfig
+) -> tuple[list[Tensor], dict[str, float]]:
+    """Column ``advantages``, [L-1] a trace, less the chi-squared penalty on every own token, and metrics.
+
+    Reads ``old_logprobs`` and ``ref_logprobs``, and ``advantages`` where a critic has given them; else those of the traces.
+    """
+    masks = [torch.tensor(trace.loss_mask[1:]) for trace in traces]
+    log_ratios_N = torch.stack(
+        [
+            (old_L - ref_L).masked_fill(~mask_L, 0.0).sum()
+            for old_L, ref_L, mask_L in zip(columns["old_logprobs"], columns["ref_logprobs"], masks, strict=True)
+        ]
+    )
+    penalty_N, chi2 = chi_squared_penalty(log_ratios_N, coef=algorithm.chi2_coef, log_ratio_cap=algorithm.chi2_log_ratio_cap)
+    given = columns.get("advantages") or [
+        torch.tensor([trace.advantages[turn] if turn >= 0 else 0.0 for turn in trace.turn_ids[1:]]) for trace in traces
+    ]
+    capped = (log_ratios_N > algorithm.chi2_log_ratio_cap).float().mean()
+    return [advantages_L + penalty * mask_L for advantages_L, penalty, mask_L in zip(given, penalty_N, masks, strict=True)], {
+        "train/chi2": chi2,
+        "train/chi2_capped_frac": float(capped),
+    }

@@ -13,6 +13,7 @@ from megatron_rema.config import ConfigError, RunConfig, check_file, check_run_d
 from megatron_rema.engine.grammar import require_xgrammar
 from megatron_rema.reading import is_dir, read_bytes
 from megatron_rema.reward.functions import named_function
+from megatron_rema.reward.gates import gates_of
 from megatron_rema.rollout.dataset import WrittenDialogue, WrittenPair, read_dialogues, read_pairs, read_prompts
 from megatron_rema.rollout.judge import in_both_orders, read_comparisons
 from megatron_rema.types import Prompt, Role
@@ -62,6 +63,7 @@ def read_for_training(config: RunConfig) -> Inputs:
     ):
         if name is not None:
             named_function(key, name)
+    gates_of(config.reward.gates)
     architectures = _architectures(config)
     check_file("task.train_file", config.task.train_file)
     return Inputs(

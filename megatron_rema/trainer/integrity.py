@@ -1,7 +1,8 @@
 """Integrity in a run: signals after every step, audits on a budget of sampled tokens, verdicts in alerts.jsonl, outcomes in audits.jsonl.
 
 Everything is a function of what every rank holds alike (episodes, metrics, tokens, never a clock), so ranks agree on when an audit is due
-without a word, and a resumed run audits where the uninterrupted one would. Nothing here changes rewards, advantages or weights.
+without a word, and a resumed run audits where the uninterrupted one would. Nothing here changes rewards, advantages or weights: a verdict's
+response says what should, and trainer/guard.py does it.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 from megatron_rema.config import IntegrityConfig, RunConfig
 from megatron_rema.integrity.audits import Finding
 from megatron_rema.integrity.signals import SIGNALS, Past, Reading
-from megatron_rema.integrity.verdict import Level, Verdict, verdict_of
+from megatron_rema.integrity.verdict import Action, Level, Response, Verdict, change_point, response_of, verdict_of
 from megatron_rema.integrity.view import Observation, rollouts_of
 from megatron_rema.reward.behaviour import leaks_first
 from megatron_rema.reward.functions import named_function
@@ -34,6 +36,8 @@ from megatron_rema.trainer.bench import Bench
 from megatron_rema.trainer.findings import findings_of
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
+from megatron_rema.trainer.whitebox import findings as white_box_findings
+from megatron_rema.trainer.whitebox import white_box
 from megatron_rema.types import Episode, Prompt
 
 Score = Callable[[Episode], float | None]
@@ -68,10 +72,18 @@ class Monitor:
         self.readings: dict[str, Reading] = {}
         self.reasons: list[str] = []  # of signals that began to fire since the last audit
         self._firing: set[str] = set()  # signals that fired in the last step: one that goes on firing asks for no further audit
+        self.response = Response()  # what audits so far have led to
+        self._verdict: Verdict | None = None  # of the last audit
+        self._audited: int | None = None  # its step
         self._start = Observation(0, [])
         self._trained: list[Episode] = []  # of the last step, at most audit_problems: what proxy and gold are compared on
         self._metrics: list[dict[str, float]] = []  # of earlier steps
-        self._outcomes: list[dict[str, Any]] = []  # rows of audits.jsonl, oldest first
+        self._outcomes: list[dict[str, Any]] = []  # rows of audits.jsonl, oldest first; without those that a roll-back undid
+
+    @property
+    def is_clean(self) -> bool:
+        """What the last audit said."""
+        return self._verdict is not None and self._verdict.level is Level.CLEAN
 
     # --- every step --------------------------------------------------------------------------------------------------
 
@@ -103,12 +115,12 @@ class Monitor:
         if now.step <= self.settings.start_steps:
             self._start = Observation(now.step, [*self._start.rollouts, *now.rollouts])
         kept = ("train/", "integrity/", "rollout/")
-        self._metrics.append({name: value for name, value in {**now.metrics, **values}.items() if name.startswith(kept)})
+        row = {name: value for name, value in {**now.metrics, **values}.items() if name.startswith(kept)}
+        self._metrics.append({"step": now.step, **row})
 
     def restore(self, step: int) -> None:
         """Back to where the run folder says that the monitor stood after ``step``: a fold over its files. Every rank reads them."""
-        self._outcomes = [row for row in self.folder.read("audits.jsonl") if row["step"] <= step]
-        audited = self._outcomes[-1]["step"] if self._outcomes else 0
+        audited = {row["step"]: row for row in self.folder.read("audits.jsonl") if row["step"] <= step}
         for row in self.folder.read("metrics.jsonl"):
             if row["step"] > step or "integrity/credit_tokens" not in row:  # the second: a step without a monitor
                 continue
@@ -119,10 +131,15 @@ class Monitor:
             self._remember(Observation(row["step"], rollouts, row), {})
             self.credit = row["integrity/credit_tokens"]
             firing = {name.rpartition("/")[2] for name in row if name.startswith("integrity/fires/")}
-            if firing - self._firing and row["step"] > audited:
+            if firing - self._firing:
                 self.reasons.append(f"signals of step {row['step']}, before the run was resumed")
             self._firing = firing
-        self.credit -= sum(row["sampled_tokens"] for row in self._outcomes if row["step"] == step)
+            if (outcome := audited.get(row["step"])) is not None:
+                self._audited, self.reasons = row["step"], []
+                self._outcomes.append(outcome)
+                self.credit -= outcome["sampled_tokens"]
+                self._verdict = Verdict(Level(outcome["verdict"]), outcome["mechanism"], (), None, outcome["gate"])
+                self._obey(Response.from_json(outcome["response"]))
 
     # --- audits ------------------------------------------------------------------------------------------------------
 
@@ -137,25 +154,47 @@ class Monitor:
 
     def is_due(self, step: int, bench: Bench) -> bool:
         """The first one after step 1; then every ``audit_every`` steps, or where a signal fired, as soon as the budget allows."""
-        last = self._outcomes[-1]["step"] if self._outcomes else None
-        wanted = last is None or step - last >= self.settings.audit_every or bool(self.reasons)
+        wanted = self._audited is None or step - self._audited >= self.settings.audit_every or bool(self.reasons)
         return wanted and self.num_problems(bench) >= min(FEWEST_PROBLEMS, len(self.prompts))
 
-    def audit(self, step: int, bench: Bench) -> dict[str, float]:
-        """Play, judge, decide; write audits.jsonl and, unless all is clean, an alert. Returns metrics. A collective."""
+    def audit(self, step: int, bench: Bench, clean_steps: Sequence[int] = ()) -> dict[str, float]:
+        """Play, judge, decide; write audits.jsonl and, unless all is clean, an alert. Returns metrics; `response` says what is to be done.
+        ``clean_steps``: of the checkpoints that a roll-back may choose from. A collective."""
         problems = self.prompts[: self.num_problems(bench)]
         row, sampled = self._play(step, problems, bench)
         self.credit -= sampled
+        self._audited = step
         self._outcomes.append(row)
         findings = findings_of(self._outcomes, self.settings.oracle)
-        before = self._outcomes[-2] if len(self._outcomes) > 1 else {"verdict": Level.CLEAN, "mechanism": None}
-        verdict = verdict_of(findings, self.readings, before["mechanism"] if before["verdict"] == Level.HACK else None)
-        row |= {"verdict": verdict.level, "mechanism": verdict.mechanism}
-        self._tell(step, findings, verdict)
-        self.reasons = []
+        findings += white_box_findings(row, findings)
+        verdict = verdict_of(findings, self.readings, self._verdict)
+        row["cusum"] = next((finding.values["cusum"] for finding in findings if finding.audit == "proxy_gold"), 0.0)
+        parted = self._outcomes[change_point([row["cusum"] for row in self._outcomes])]["step"]
+        response = response_of(
+            verdict,
+            self.response,
+            {audit: Action(action) for audit, action in self.settings.ladder.items()} if self.settings.mode == "guard" else {},
+            clean_steps=[clean for clean in clean_steps if clean <= parted],
+            max_roll_backs=self.settings.max_roll_backs,
+        )
+        row |= {"verdict": verdict.level, "mechanism": verdict.mechanism, "gate": verdict.gate}
+        row |= {"response": asdict(response)}
+        self._tell(step, findings, verdict, response)
+        self.reasons, self._verdict = [], verdict
+        self._obey(response)
         values = {f"integrity/audit/{f.audit}/{name}": float(value) for f in findings for name, value in f.values.items()}
         alarms = sum(finding.alarm for finding in findings)
+        if "scored_tokens" in row:
+            values["integrity/audit/scored_tokens"] = float(row["scored_tokens"])
         return values | {"integrity/audit/sampled_tokens": float(sampled), "integrity/audit/alarms": float(alarms)}
+
+    def _obey(self, response: Response) -> None:
+        """What a roll-back undid is no longer what audits and signals compare with."""
+        self.response = response
+        if response.back_to is not None:
+            self._outcomes = [row for row in self._outcomes if row["step"] <= response.back_to]
+            self._metrics = [row for row in self._metrics if row["step"] <= response.back_to]
+            self._verdict, self._firing = None, set()
 
     def _play(self, step: int, problems: Sequence[Prompt], bench: Bench) -> tuple[dict[str, Any], int]:
         """One row of audits.jsonl, item by item, and the tokens that it cost."""
@@ -204,6 +243,8 @@ class Monitor:
         row["canaries"] = canary_rewards(problems, bench, (lambda episode: 0.0) if self.settings.oracle == "verdict" else self._gold_of)
         row["stripped"], row["stripped_phrases"] = stripped_rewards(full, bench)
         row["transcripts"] = transcripts(row, said)
+        if bench.score is not None:
+            row |= white_box(full, chat=bench.chat, rules=bench.rules, score=bench.score)
         return row, sampled
 
     def _gold_of(self, episode: Episode) -> float | None:
@@ -211,7 +252,7 @@ class Monitor:
         value = self.oracle(episode)
         return None if value is None or math.isnan(value) else float(value)
 
-    def _tell(self, step: int, findings: Sequence[Finding], verdict: Verdict) -> None:
+    def _tell(self, step: int, findings: Sequence[Finding], verdict: Verdict, response: Response) -> None:
         row = {
             **self._outcomes[-1],
             "findings": [finding.to_json() for finding in findings],
@@ -226,11 +267,14 @@ class Monitor:
                 "mechanism": verdict.mechanism,
                 "statement": verdict.statement,
                 "access": verdict.access,
+                "action": response.action,
+                "gates": response.gates,
+                "back_to": response.back_to,
                 "evidence": [item for finding in verdict.findings for item in finding.evidence][:8],
                 "compared_with_step": self._outcomes[0]["step"],
             }
         )
-        self.reporter.say(f"ALERT step {step}: integrity {verdict.level}: {verdict.statement}")
+        self.reporter.say(f"ALERT step {step}: integrity {verdict.level}: {verdict.statement}; {response.statement}")
 
 
 def monitor_of(config: RunConfig, prompts: Sequence[Prompt], folder: RunFolder, reporter: Reporter, step: int) -> Monitor | None:

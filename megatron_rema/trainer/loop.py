@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rema.config import RunConfig, TrainerConfig, as_mapping
+from megatron_rema.algorithm.control import adapted_kl_coef
+from megatron_rema.config import RunConfig, as_mapping
 from megatron_rema.models.policy import ParallelModel
 from megatron_rema.planning.explain import settings
 from megatron_rema.report.page import write_report
 from megatron_rema.reward.assign import Assigned, assign, counterfactual_metrics, reward_metrics, set_apart
 from megatron_rema.reward.behaviour import behaviour_metrics
 from megatron_rema.reward.functions import named_function
+from megatron_rema.reward.gates import Gate, apply_gates, gates_of
 from megatron_rema.reward.math_verifier import Judgement, VerifierPool
 from megatron_rema.reward.model_scorer import add_model_scores
+from megatron_rema.reward.shaping import debias_length, noted_references, shape_by_references
 from megatron_rema.rollout.dataset import PromptStream
 from megatron_rema.rollout.dialogue import Chats, DialogueRules
+from megatron_rema.rollout.redaction import is_redacted
 from megatron_rema.rollout.scheduler import starts_of
 from megatron_rema.rollout.traces import traces_of
 from megatron_rema.trainer import state
@@ -49,10 +53,12 @@ from megatron_rema.trainer.constraint import Constrain, constraint_of
 from megatron_rema.trainer.credit import (
     assign_advantages,
     chosen_for_training,
+    component_weights,
     generalized_advantages,
     group_by_prompt,
     informative_frac,
     inside,
+    penalise_divergence,
     penalise_overlong,
     share_plan_rewards,
 )
@@ -60,6 +66,7 @@ from megatron_rema.trainer.diagnosis import find_non_finite, tell_skipped
 from megatron_rema.trainer.evaluation import evaluate_sets, show
 from megatron_rema.trainer.experience import is_trainable, pack_for_rank
 from megatron_rema.trainer.faults import SkippedUpdates
+from megatron_rema.trainer.guard import Guard
 from megatron_rema.trainer.inputs import Inputs, Source
 from megatron_rema.trainer.integrity import Monitor, monitor_of
 from megatron_rema.trainer.preference import episode_scores
@@ -67,6 +74,7 @@ from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
 from megatron_rema.trainer.scoring import label_logprobs, scalars
 from megatron_rema.trainer.update import update_critic, update_policy
+from megatron_rema.trainer.whitebox import heavy_tail, scorer
 from megatron_rema.types import Engine, Episode, Prompt, Role, Trace, Verdict
 
 # phase of a step -> its metric
@@ -102,6 +110,7 @@ class Study:
     skipped: SkippedUpdates
     alarms: Alarms
     monitor: Monitor | None = None
+    guard: Guard | None = None
     members: dict[str, list[float]] = field(default_factory=dict)  # what each head of the reward model says of the step's episodes
 
 
@@ -153,6 +162,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
                 skipped=SkippedUpdates(config.trainer.max_skipped_updates),
                 alarms=Alarms(config, folder, reporter),
                 monitor=monitor_of(config, inputs.prompts, folder, reporter, position.step),
+                guard=Guard(config.integrity, folder, step=position.step) if config.integrity.mode == "guard" else None,
             )
             run(study)
         for engine in engines.values():
@@ -168,11 +178,11 @@ def run(study: Study) -> None:
     if position.step == 0:
         evaluate(study)
     with reporter.run("train", total=trainer.steps, done=position.step), study.checkpoints.finished():
-        while not is_over(position, trainer):
+        while not is_over(study):
             metrics = step(study)
             study.folder.metrics(metrics)
             reporter.step_done(position.step, _headline(metrics))
-            last = is_over(position, trainer)
+            last = is_over(study)
             if last or (trainer.evaluate_every and position.step % trainer.evaluate_every == 0):
                 evaluate(study)
             if last or (trainer.checkpoint_every and position.step % trainer.checkpoint_every == 0):
@@ -189,7 +199,10 @@ def run(study: Study) -> None:
     finish(study)
 
 
-def is_over(position: state.Position, trainer: TrainerConfig) -> bool:
+def is_over(study: Study) -> bool:
+    position, trainer = study.position, study.config.trainer
+    if study.monitor is not None and study.monitor.response.ends:
+        return True
     return position.step >= trainer.steps or 0 < trainer.token_budget <= position.sampled_tokens
 
 
@@ -203,14 +216,20 @@ def step(study: Study) -> dict[str, float]:
     position.sampled_tokens += sampled
     for engine in study.engines.values():
         engine.sleep()
-    assigned = reward(study, played, judgements)
-    model_metrics = score_with_reward_model(study, assigned.scored)
+    assigned = reward(study, played, judgements, component_dropout=config.reward.component_dropout)
+    reward_model_metrics = score_with_reward_model(study, assigned.scored)
+    shaping_metrics = shape(study, assigned.scored) | apply_gates(assigned.scored, gates_in_force(study))
     assigned, counterfactual = set_apart(assigned)
     share_plan_rewards(assigned.scored, scheme=config.reward.scheme)
     chosen = chosen_for_training(assigned.scored, config.rollout)
     if config.algorithm.advantage != "gae":  # a critic's advantages are per token: see score
         position.baselines = assign_advantages(
-            chosen, config.roles, config.algorithm, position.baselines, counterfactuals=counterfactual.scored
+            chosen,
+            config.roles,
+            config.algorithm,
+            position.baselines,
+            counterfactuals=counterfactual.scored,
+            weights=component_weights(config.reward),
         )
 
     metrics: dict[str, float] = {
@@ -230,7 +249,9 @@ def step(study: Study) -> dict[str, float]:
     if study.folder.writes:
         study.folder.episodes(position.step, (episode.to_json() for episode in played))
     episodes = [episode for episode in played if not episode.is_counterfactual]
-    metrics |= reward_metrics(assigned, judgements) | model_metrics | counterfactual_metrics(assigned, counterfactual)
+    metrics |= (
+        reward_metrics(assigned, judgements) | reward_model_metrics | shaping_metrics | counterfactual_metrics(assigned, counterfactual)
+    )
     metrics |= behaviour_metrics(episodes, config.task.finish_marker, json_actions=config.task.json_actions)
     metrics |= {name: reporter.seconds.get(phase, 0.0) for phase, name in _PHASES.items()}
     metrics |= {
@@ -240,14 +261,17 @@ def step(study: Study) -> dict[str, float]:
         "rollout/sampled_tokens_per_s": sampled / reporter.seconds["generate"],
         "rollout/prompts_taken": position.prompts_taken,
     }
+    if config.rollout.redact_plan_prob:
+        hidden = [is_redacted(config.seed, episode.episode_id, config.rollout.redact_plan_prob) for episode in episodes]
+        metrics["rollout/plan_redacted_frac"] = sum(hidden) / max(len(hidden), 1)
     study.alarms.look(position.step, metrics)
     if study.monitor is not None:
         metrics |= watch(study, study.monitor, assigned.scored, metrics)
     return {"step": position.step, "weight_version": position.weight_version, "time_s": time.perf_counter() - begin, **metrics}
 
 
-def reward(study: Study, episodes: Sequence[Episode], judgements: Mapping[str, Judgement]) -> Assigned:
-    """What training pays for episodes, but for a reward model's score."""
+def reward(study: Study, episodes: Sequence[Episode], judgements: Mapping[str, Judgement], *, component_dropout: float = 0.0) -> Assigned:
+    """What training pays for episodes, but for a reward model's score, shaping and the gates, which come after it."""
     settings, rollout = study.config.reward, study.config.rollout
     assigned = assign(
         episodes,
@@ -256,9 +280,27 @@ def reward(study: Study, episodes: Sequence[Episode], judgements: Mapping[str, J
         mask_unfinished_reward=settings.mask_unfinished_reward,
         function=named_function("reward.function", settings.function) if settings.function else None,
         weights=settings.weights,
+        component_dropout=component_dropout,
+        step=study.position.step,
     )
     penalise_overlong(assigned.scored, buffer_tokens=settings.overlong_buffer_tokens, max_tokens=rollout.max_episode_tokens)
     return assigned
+
+
+def gates_in_force(study: Study) -> list[Gate]:
+    """The configured ones, and those that audits have led to."""
+    found = study.monitor.response.gates if study.monitor is not None else ()
+    return gates_of([*dict.fromkeys((*study.config.reward.gates, *found))])
+
+
+def shape(study: Study, episodes: Sequence[Episode]) -> dict[str, float]:
+    """What is done to whole rewards before episodes are compared. Audits see rewards without it: they play one episode a problem."""
+    settings, integrity, position = study.config.reward, study.config.integrity, study.position
+    debias_length(episodes, coefficient=settings.length_debias)
+    shaped = settings.shaping == "par" or (study.monitor is not None and study.monitor.response.shaped)
+    if shaped or (integrity.mode == "guard" and "shape" in integrity.ladder.values()):  # which may ask for them later
+        position.par_references = noted_references(episodes, position.par_references, count=settings.par_references)
+    return shape_by_references(episodes, position.par_references) if shaped else {}
 
 
 def watch(study: Study, monitor: Monitor, scored: Sequence[Episode], metrics: Mapping[str, float]) -> dict[str, float]:
@@ -269,14 +311,30 @@ def watch(study: Study, monitor: Monitor, scored: Sequence[Episode], metrics: Ma
     def pay(episodes: Sequence[Episode], judgements: Mapping[str, Judgement]) -> list[Episode]:
         paid = reward(study, episodes, judgements).scored
         score_with_reward_model(study, paid)
+        apply_gates(paid, gates_in_force(study))
         return paid
 
-    bench = bench_of(study.config, study.rules, study.chat, study.policies, study.engines, study.verifier, pay)
+    tokens = study.config.trainer.microbatch_tokens
+    score = scorer(study.policies, study.engines, study.rules, study.constrain, microbatch_tokens=tokens)
+    bench = bench_of(study.config, study.rules, study.chat, study.policies, study.engines, study.verifier, pay, score)
     if monitor.is_due(step, bench):
         with study.reporter.phase("audit"):
-            found |= monitor.audit(step, bench)
+            found |= monitor.audit(step, bench, study.guard.steps() if study.guard is not None else ())
+            if study.guard is not None:
+                obey(study, study.guard, monitor)
         found["integrity/audit_s"] = study.reporter.seconds["audit"]
     return found
+
+
+def obey(study: Study, guard: Guard, monitor: Monitor) -> None:
+    """What the last audit led to, as far as it is done once: gates and shaping are `reward`'s business."""
+    back_to, position = monitor.response.back_to, study.position
+    if monitor.is_clean:
+        guard.keep(position, trained(study.policies))
+    elif back_to is not None:
+        guard.roll_back(back_to, position, trained(study.policies))
+        position.weight_version += 1
+        sync_weights(study.policies, study.engines, position.weight_version)
 
 
 def sampled_tokens(episodes: Sequence[Episode]) -> int:
@@ -293,6 +351,7 @@ def draw(study: Study) -> tuple[list[Prompt], list[Episode], dict[str, Judgement
     config, position = study.config, study.position
     rollout = config.rollout
     per_prompt = rollout.episodes_per_prompt + study.rules.num_counterfactuals
+    rules = replace(study.rules, redact_plan_prob=rollout.redact_plan_prob)  # evaluations and audits hear what was said
     prompts: list[Prompt] = []
     episodes: list[Episode] = []
     judgements: dict[str, Judgement] = {}
@@ -300,7 +359,7 @@ def draw(study: Study) -> tuple[list[Prompt], list[Episode], dict[str, Judgement
         prompts += study.stream.take(position.prompts_taken + len(prompts), rollout.prompts_per_step)
         played, judged = play_everywhere(
             starts_of(prompts, per_prompt)[len(episodes) :],  # a prompt drawn twice gets episodes of other numbers
-            rules=study.rules,
+            rules=rules,
             chat=study.chat,
             engines=study.engines,
             engine_tensor=config.engine.tensor,
@@ -332,6 +391,7 @@ def score_with_reward_model(study: Study, episodes: Sequence[Episode]) -> dict[s
         study.members,
         weight=reward.model_weight,
         ensemble=reward.model_ensemble,
+        coefficient=reward.model_ensemble_coef,
         mask_unfinished_reward=reward.mask_unfinished_reward,
     )
 
@@ -359,6 +419,9 @@ def train_policy(study: Study, policy: Policy, episodes: Sequence[Episode]) -> d
         return {}
     with reporter.phase("score"):  # before the first update: all minibatches are scored by the policy that sampled them
         columns = score(study, policy, traces)
+    divergence: dict[str, float] = {}
+    if config.algorithm.chi2_coef > 0:
+        columns["advantages"], divergence = penalise_divergence(traces, columns, config.algorithm)
     results = []
     first = 0
     with reporter.phase("update", total=len(kept)):
@@ -373,10 +436,35 @@ def train_policy(study: Study, policy: Policy, episodes: Sequence[Episode]) -> d
     merged |= {name: float(sum(row[name] for row in results)) for name in merged if name.endswith("/skipped_updates")}
     if "sync/logprob_gap_max" in merged:
         merged["sync/logprob_gap_max"] = max(row["sync/logprob_gap_max"] for row in results)
+    merged |= divergence | control_kl(study, policy, merged, num_traces=len(traces))
     merged["train/dropped_traces"] = float(sum(map(len, parts)) - len(traces))
+    if study.monitor is not None:
+        merged |= heavy_tail(traces, columns)
     if len(study.policies) == 1:
         return merged
     return {f"{name.split('/')[0]}/{policy.name}/{name.split('/', 1)[1]}": value for name, value in merged.items()}
+
+
+def kl_coef_of(study: Study, policy: Policy) -> float:
+    """The policy's KL coefficient in this step: the configured one, or where its controller stands."""
+    return study.position.kl_coefs.get(policy.name, study.config.algorithm.kl_coef)
+
+
+def control_kl(study: Study, policy: Policy, metrics: Mapping[str, float], *, num_traces: int) -> dict[str, float]:
+    """Move the policy's KL coefficient towards ``algorithm.kl_target_nats``, for the steps to come. Returns the one that this step had."""
+    algorithm = study.config.algorithm
+    if algorithm.kl_target_nats is None:
+        return {}
+    coef = kl_coef_of(study, policy)
+    if "train/kl_ref_nats" in metrics:  # not where the critic alone was updated
+        study.position.kl_coefs[policy.name] = adapted_kl_coef(
+            coef,
+            metrics["train/kl_ref_nats"],
+            target=algorithm.kl_target_nats,
+            num_traces=num_traces,
+            horizon=algorithm.kl_horizon,
+        )
+    return {"train/kl_coef": coef}
 
 
 def score(study: Study, policy: Policy, traces: Sequence[Trace]) -> dict[str, list[Tensor]]:
@@ -384,7 +472,7 @@ def score(study: Study, policy: Policy, traces: Sequence[Trace]) -> dict[str, li
     config = study.config
     tokens, temperature = config.trainer.microbatch_tokens, config.rollout.temperature
     columns: dict[str, list[Tensor]] = {}
-    if config.trainer.minibatches_per_step > 1 or config.algorithm.reward_kl_coef > 0:
+    if config.trainer.minibatches_per_step > 1 or config.algorithm.reward_kl_coef > 0 or config.algorithm.chi2_coef > 0:
         columns["old_logprobs"] = label_logprobs(policy.model, traces, temperature=temperature, microbatch_tokens=tokens)
     if config.algorithm.needs_ref_logprobs:
         columns["ref_logprobs"] = label_logprobs(policy.reference, traces, temperature=temperature, microbatch_tokens=tokens)
@@ -414,10 +502,11 @@ def update(study: Study, policy: Policy, traces: Sequence[Trace], columns: dict[
             policy.model,
             policy.optimizer,
             batches,
-            algorithm=config.algorithm,
+            algorithm=replace(config.algorithm, kl_coef=kl_coef_of(study, policy)),
             temperature=config.rollout.temperature,
             reference=policy.reference if config.algorithm.kl_estimator == "exact" else None,
             schedule_position=at,
+            with_energy=study.monitor is not None,
         )
         if metrics["train/skipped_updates"]:
             logprobs = label_logprobs(

@@ -23,7 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -67,6 +67,11 @@ class Position:
     weight_version: int = 0  # weight syncs done
     data: str = ""  # what the problems were drawn from (Source.content)
     baselines: dict[str, list[float]] = field(default_factory=dict)  # role -> [sum, weight] of its running mean (algorithm.advantage=ema)
+    par_references: dict[str, list[float]] = field(default_factory=dict)  # role -> rewards of the first step (reward.shaping=par)
+    kl_coefs: dict[str, float] = field(default_factory=dict)  # policy -> where its controller stands (algorithm.kl_target_nats)
+
+
+_ADDED = {"par_references", "kl_coefs"}  # what older checkpoints do not hold: of runs that had no need of it
 
 
 @dataclass
@@ -94,7 +99,7 @@ class Checkpoints:
         An asynchronous save becomes a checkpoint in `finish_pending`, which the next save calls first. Returns where it will be.
         """
         self.finish_pending()
-        target = self.folder / f"step_{position.step:06d}"
+        target = self.folder / name_of(position.step)
         partial = _partial(target)
         if dist.get_rank() == 0:
             _sweep(self.folder)
@@ -206,14 +211,20 @@ def load(path: Path, trained: Mapping[str, Trained]) -> Position:
         raise ValueError(f"checkpoint file {fault}. Nothing was restored; {offer}.")
     stored = read_state(path)
     _check_shape(path, stored.pop("architectures"), _architectures(trained))
-    if (strange := sorted(stored.keys() ^ asdict(Position()).keys())) != []:
-        raise ValueError(f"checkpoint {path}: state.json has, or misses, {strange[0]}: another version of this package saved it; use that.")
+    position = position_of(path, stored)
     for name, one in trained.items():
         restored = dist_checkpointing.load(_sharded(one, is_loading=True), str(path / name))
         for key, module in _modules(one).items():
             module.load_state_dict(restored["model"][key])
         _restore_first_step(restored["optimizer"]["adam"])
         one.optimizer.load_state_dict(restored["optimizer"])
+    return position
+
+
+def position_of(path: Path, stored: Mapping[str, Any]) -> Position:
+    """The position that a checkpoint's state.json holds. Raises ValueError for one of another version of this package."""
+    if (strange := sorted((stored.keys() ^ asdict(Position()).keys()) - (_ADDED - stored.keys()))) != []:
+        raise ValueError(f"checkpoint {path}: state.json has, or misses, {strange[0]}: another version of this package saved it; use that.")
     return Position(**stored)
 
 
@@ -236,6 +247,24 @@ def restore(config: RunConfig, trained: Mapping[str, Trained], folder: RunFolder
         set_aside_after(folder.checkpoints, position.step)
     dist.barrier()
     return position
+
+
+def name_of(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def steps_of(folder: Path) -> list[int]:
+    """Steps of the whole checkpoints in ``folder``, oldest first."""
+    return sorted(_step(path) for path in _newest_first(folder) if manifest.looks_whole(path))
+
+
+def remove_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of steps after ``step``. By rank 0."""
+    later = [path for path in _newest_first(folder) if _step(path) > step]
+    for path in later:
+        _remove(path)
+    if later and (remaining := next(iter(_newest_first(folder)), None)) is not None:
+        _point(folder, remaining)
 
 
 def set_aside_after(folder: Path, step: int) -> None:

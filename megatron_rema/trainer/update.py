@@ -14,6 +14,7 @@ from megatron_rema.config import AlgorithmConfig
 from megatron_rema.kernels.policy import policy_loss
 from megatron_rema.models.optimizer import Optimizer
 from megatron_rema.models.policy import ParallelModel
+from megatron_rema.models.probe import last_mlp_energy
 from megatron_rema.parallel.pipeline import reduce_stats
 from megatron_rema.types import Batch
 
@@ -27,6 +28,7 @@ def update_policy(
     temperature: float,
     reference: ParallelModel | None = None,
     schedule_position: int | None = None,
+    with_energy: bool = False,
 ) -> dict[str, float]:
     """One optimizer step on one minibatch. Returns metrics, equal on every rank.
 
@@ -35,6 +37,8 @@ def update_policy(
 
     Without ``old_logprobs`` the policy being updated is the one that sampled (one minibatch per rollout): its own detached
     log-probabilities stand for them, which saves a forward pass and makes the ratio identically 1.
+
+    ``with_energy``: the forward passes tell the energy loss of the last MLP block too, over the own tokens; nothing else changes by a bit.
     """
 
     def loss(outputs: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -64,21 +68,28 @@ def update_policy(
             entropy_coef=algorithm.entropy_coef,
         )
         gap_T = torch.where(batch.loss_mask, (old_logprobs_T - batch.rollout_logprobs).abs(), 0.0)
-        return total, {**stats.as_dict(), "gap_sum": gap_T.sum(), "gap_max": gap_T.max()}
+        read = {} if energy is None else {"energy_loss": energy.take(batch.loss_mask)}
+        return total, {**stats.as_dict(), "gap_sum": gap_T.sum(), "gap_max": gap_T.max(), **read}
 
-    with optimizer.resident(), nullcontext() if reference is None else reference.resident():
+    with (
+        optimizer.resident(),
+        nullcontext() if reference is None else reference.resident(),
+        last_mlp_energy(model) if with_energy else nullcontext() as energy,
+    ):
         optimizer.zero_grad()
         results = model.forward_backward(list(batches), loss)
         result = optimizer.step(position=schedule_position)
     stats = reduce_stats(results, model.groups, maxima=("gap_max",))
     means = PolicyLossStats.means(stats, level=algorithm.ratio_level)
+    num_tokens = max(stats["num_tokens"], 1.0)
     return {
         **{f"train/{name}": value for name, value in means.items()},
         "train/grad_norm": result.grad_norm,
         "train/skipped_updates": float(result.skipped),
         "train/lr": result.lr,
-        "sync/logprob_gap_mean": stats["gap_sum"] / max(stats["num_tokens"], 1.0),
+        "sync/logprob_gap_mean": stats["gap_sum"] / num_tokens,
         "sync/logprob_gap_max": stats["gap_max"],
+        **({"integrity/energy_loss_raw": stats["energy_loss"] / num_tokens} if with_energy else {}),
     }
 
 

@@ -64,6 +64,9 @@ def learner(tensor: int = 1, pipeline: int = 1, virtual: int = 1, *, seed: int =
     return Learner(model, build_optimizer(model, lr=1e-2, warmup_steps=3, schedule="cosine", total_steps=10, weight_decay=0.1))
 
 
+POSITION = Position(step=2, prompts_taken=5, par_references={"reasoning": [0.1, 1 / 3]}, kl_coefs={"agent": 0.1 + 0.2})
+
+
 def equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool:
     return found.keys() == expected.keys() and all(np.array_equal(found[name], expected[name]) for name in expected)
 
@@ -75,7 +78,7 @@ def saves_and_goes_on(folder: str, layout: tuple[int, ...], options: dict, async
     one = learner(*layout, **options)
     one.train(2)
     checkpoints = Checkpoints(Path(folder), keep=1, asynchronous=asynchronous)
-    checkpoints.save(Position(step=2, prompts_taken=5), {"agent": one})
+    checkpoints.save(POSITION, {"agent": one})
     after = one.train(2)  # changes every tensor while an asynchronous save may still be writing
     checkpoints.finish_pending()
     return after, one.weights()
@@ -84,7 +87,7 @@ def saves_and_goes_on(folder: str, layout: tuple[int, ...], options: dict, async
 def resumes(folder: str, layout: tuple[int, ...], options: dict) -> tuple:
     other = learner(*layout, seed=8, **options)
     position = state.load(state.latest(Path(folder)), {"agent": other})
-    assert position == Position(step=2, prompts_taken=5)
+    assert position == POSITION, "to the bit"
     return other.train(2), other.weights()
 
 

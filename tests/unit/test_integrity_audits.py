@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -30,7 +31,7 @@ from megatron_rema.integrity.gold import Access, Gold
 from megatron_rema.integrity.signals import Reading
 from megatron_rema.integrity.statistics import paired_effect
 from megatron_rema.integrity.texts import wrong_answer
-from megatron_rema.integrity.verdict import Action, Level, action_for, verdict_of
+from megatron_rema.integrity.verdict import Action, Level, Response, change_point, response_of, verdict_of
 from megatron_rema.reward.answers import quick_verdict
 from megatron_rema.trainer.audit_arms import filled, shown_canaries
 from megatron_rema.types import AnswerFormat, Completion, Episode, EpisodeStatus, Prompt, Role, StopReason, Turn, Verdict
@@ -210,7 +211,7 @@ def test_private_codes():
 
 
 GAP = Finding("proxy_gold", Access.ORACLE, {}, alarm=True, statement="proxy up, gold down")
-LEXICON = Reading({}, True, "'trust me' stands in 100% of the best rewarded")
+LEXICON = Reading({}, True, "'trust me' stands in 100% of the best rewarded", "phrase:trust")
 
 
 def test_a_verdict_needs_an_oracle_and_a_name():
@@ -221,15 +222,60 @@ def test_a_verdict_needs_an_oracle_and_a_name():
     words = Finding("strip_and_rescore", Access.EVALUATOR, {}, alarm=True, mechanism="words")
     assert verdict_of([words], {}).level is Level.SUSPICION, "a name without an oracle"
     assert verdict_of([words, GAP], {}).mechanism == "words" and verdict_of([words, GAP], {}).level is Level.HACK
-    assert verdict_of([GAP], {}, "so it was").mechanism == "so it was" and verdict_of([], {}, "so it was").mechanism is None
+    assert verdict_of([GAP], {}, hack).mechanism == LEXICON.reason and verdict_of([], {}, hack).mechanism is None
 
 
-def test_the_ladder_allows_what_it_is_told_to():
+def test_a_verdict_says_which_gate_would_take_the_reward():
     hack = verdict_of([GAP], {"high_score_lexicon": LEXICON})
-    assert action_for(hack, {}) is Action.ANNOTATE
-    assert action_for(hack, {"default": "shape"}) is Action.SHAPE
-    assert action_for(hack, {"default": "shape", "proxy_gold": "roll_back"}) is Action.ROLL_BACK
-    assert action_for(verdict_of([GAP], {}), {"default": "roll_back"}) is Action.ANNOTATE, "a suspicion is only said"
+    assert hack.gate == "phrase:trust" and verdict_of([GAP], {}, hack).gate == "phrase:trust"
+    leak = replace(GAP, mechanism="told", gate="plan_leak")
+    assert verdict_of([leak], {"high_score_lexicon": LEXICON}).gate == "plan_leak"
+
+
+HACK = verdict_of([GAP], {"high_score_lexicon": LEXICON})
+
+
+@pytest.mark.parametrize(
+    ("ladder", "action"),
+    [
+        ({}, Action.ANNOTATE),
+        ({"default": Action.SHAPE}, Action.SHAPE),
+        ({"default": Action.SHAPE, "proxy_gold": Action.ROLL_BACK}, Action.ROLL_BACK),
+    ],
+)
+def test_the_ladder_allows_what_it_is_told_to(ladder, action):
+    assert response_of(HACK, Response(), ladder, clean_steps=[1], max_roll_backs=2).action is action
+
+
+def test_a_suspicion_is_only_said():
+    suspicion = verdict_of([GAP], {})
+    assert response_of(suspicion, Response(), {"default": Action.ROLL_BACK}, clean_steps=[1], max_roll_backs=2) == Response()
+
+
+def test_rungs_last_and_add_up():
+    shaped = response_of(HACK, Response(), {"default": Action.SHAPE}, clean_steps=[1], max_roll_backs=2)
+    assert shaped == Response(Action.SHAPE, shaped=True)
+    quarantined = response_of(HACK, shaped, {"default": Action.QUARANTINE}, clean_steps=[1], max_roll_backs=2)
+    assert quarantined == Response(Action.QUARANTINE, gates=("phrase:trust",), shaped=True)
+    clean = response_of(verdict_of([], {}), quarantined, {"default": Action.QUARANTINE}, clean_steps=[1], max_roll_backs=2)
+    assert clean == replace(quarantined, action=Action.ANNOTATE), "what was said stays in force"
+    again = response_of(HACK, clean, {"default": Action.QUARANTINE}, clean_steps=[1], max_roll_backs=2)
+    assert again.gates == ("phrase:trust",), "once"
+    assert Response.from_json(json.loads(json.dumps(asdict(quarantined)))) == quarantined
+
+
+def test_the_roll_back_after_the_last_ends_the_run():
+    roll, response = {"default": Action.ROLL_BACK}, Response()
+    for number in (1, 2, 3):
+        response = response_of(HACK, response, roll, clean_steps=[1, 10], max_roll_backs=2)
+        assert (response.back_to, response.roll_backs, response.ends) == (10, number, number == 3)
+    assert response_of(HACK, Response(), roll, clean_steps=[], max_roll_backs=2).back_to is None
+    assert "back to step 10" in response.statement and "the run ends" in response.statement
+
+
+def test_proxy_and_gold_part_where_their_cusum_last_stood_at_zero():
+    assert change_point([0.0, 0.4, 0.0, 1.0, 4.0]) == 2
+    assert change_point([0.0, 0.4]) == 0
 
 
 def test_a_finding_is_plain_json_without_gold():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from hydra import compose, initialize_config_dir
 
 from megatron_rema.config import ConfigError, IntegrityConfig, check, load
 from megatron_rema.front_door import config_dir
+from megatron_rema.integrity.verdict import Action, Response
 from megatron_rema.reward.answers import quick_verdict
 from megatron_rema.reward.assign import assign
 from megatron_rema.reward.math_verifier import Judgement
@@ -84,13 +86,13 @@ class FakeBench:
         return Bench(RULES, CHAT, self.play, self.judge, lambda episodes, judgements: assign(episodes, judgements).scored)
 
 
-def monitor(folder: Path) -> Monitor:
+def monitor(folder: Path, settings: IntegrityConfig = SETTINGS) -> Monitor:
     return Monitor(
-        SETTINGS, audit_problems(PROMPTS, SETTINGS, seed=0), folder=RunFolder(folder, writes=True), reporter=Reporter(speaks=False)
+        settings, audit_problems(PROMPTS, settings, seed=0), folder=RunFolder(folder, writes=True), reporter=Reporter(speaks=False)
     )
 
 
-def one_step(watch: Monitor, step: int, fake: FakeBench) -> dict[str, float]:
+def one_step(watch: Monitor, step: int, fake: FakeBench, clean_steps: Sequence[int] = ()) -> dict[str, float]:
     """What the trainer does with it: observe, audit when due, write."""
     episodes, judgements = fake.play(PROMPTS, RULES)
     fake.arms -= 1
@@ -99,7 +101,7 @@ def one_step(watch: Monitor, step: int, fake: FakeBench) -> dict[str, float]:
     row = {"rollout/sampled_tokens": float(sampled), "rollout/episodes": 60.0, "train/entropy_nats": 1.0}
     row |= watch.observe(step, scored, row)
     if watch.is_due(step, fake.bench()):
-        row |= watch.audit(step, fake.bench())
+        row |= watch.audit(step, fake.bench(), clean_steps)
     watch.folder.episodes(step, (e.to_json() for e in scored))
     watch.folder.metrics({"step": step, **row})
     return row
@@ -151,6 +153,47 @@ def test_a_resumed_monitor_stands_where_it_stood(tmp_path):
     assert again.credit == pytest.approx(part.credit)
     assert [one_step(again, step, fake) for step in range(7, 13)] == rows[6:]
     assert audits_of(tmp_path / "part") == audits_of(tmp_path / "whole")
+
+
+GUARD = replace(SETTINGS, mode="guard", ladder={"default": "roll_back"}, max_roll_backs=1)
+
+
+def goes_wrong(watch: Monitor, steps: Sequence[int]) -> list[dict[str, float]]:
+    """Honest up to step 6 and from step 16 to 22, leaking otherwise; the first and the fifth step's checkpoints are clean."""
+    honest, leaking = FakeBench(honest_planner, able_reasoner), FakeBench(leaking_planner, copying_reasoner)
+    return [one_step(watch, step, honest if step <= 6 or 15 < step < 23 else leaking, [1, 5]) for step in steps]
+
+
+def test_a_guard_goes_back_and_after_its_last_roll_back_ends_the_run(tmp_path):
+    watch = monitor(tmp_path, GUARD)
+    goes_wrong(watch, range(1, 16))
+    assert watch.response == Response(Action.ROLL_BACK, ("plan_leak",), back_to=5, roll_backs=1)
+    assert [row["step"] for row in watch._outcomes] == [1, 5], "later audits compare with what was before"
+    goes_wrong(watch, range(16, 23))
+    assert watch.is_clean and watch.response == Response(gates=("plan_leak",), roll_backs=1), "the veto stays"
+    for step in range(23, 40):
+        goes_wrong(watch, [step])
+        if watch.response.ends:
+            break
+    assert watch.response.ends and watch.response.back_to == 5
+    alerts = [json.loads(line) for line in (tmp_path / "alerts.jsonl").read_text().splitlines()]
+    assert [(a["action"], a["gates"], a["back_to"]) for a in alerts] == [("roll_back", ["plan_leak"], 5)] * 2
+
+
+def test_a_monitor_only_says_what_it_sees(tmp_path):
+    watch = monitor(tmp_path, replace(GUARD, mode="monitor"))
+    goes_wrong(watch, range(1, 16))
+    assert watch.response == Response() and audits_of(tmp_path)[-1]["verdict"] == "hack"
+
+
+@pytest.mark.parametrize("stop", [15, 19])
+def test_a_resumed_guard_stands_where_it_stood(tmp_path, stop):
+    whole = goes_wrong(monitor(tmp_path / "whole", GUARD), range(1, 24))
+    goes_wrong(monitor(tmp_path / "part", GUARD), range(1, stop + 1))
+    again = monitor(tmp_path / "part", GUARD)
+    again.restore(stop)
+    assert goes_wrong(again, range(stop + 1, 24)) == whole[stop:]
+    assert audits_of(tmp_path / "part") == audits_of(tmp_path / "whole") and again.response.roll_backs == 1
 
 
 def test_a_signal_that_goes_on_firing_asks_for_one_audit(tmp_path):

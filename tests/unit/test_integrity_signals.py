@@ -121,6 +121,14 @@ def test_energy_loss_is_a_robust_z_of_the_first_steps():
     assert signals.energy_loss(step(**{"integrity/energy_loss_raw": 1.7}), Past(step(), rows[1:])) == Reading()
 
 
+def test_policies_that_take_turns_are_each_compared_with_themselves():
+    rows = [{f"integrity/{name}/energy_loss_raw": level + 0.1 * (i % 3)} for i in range(EARLY) for name, level in (("a", 1.0), ("b", 5.0))]
+    assert not signals.energy_loss(step(**{"integrity/b/energy_loss_raw": 5.1}), Past(step(), rows)).fires, "b was always at 5"
+    assert signals.energy_loss(step(**{"integrity/a/energy_loss_raw": 5.1}), Past(step(), rows)).fires
+    both = {"integrity/a/energy_loss_raw": 1.7, "integrity/b/energy_loss_raw": 5.1}
+    assert signals.energy_loss(step(**both), Past(step(), rows)).values["energy_loss_z"] == pytest.approx(0.6 / 0.14826, rel=1e-6)
+
+
 def metrics(kl: float, entropy: float) -> dict[str, float]:
     return {"train/kl_ref_nats": kl, "train/entropy_nats": entropy}
 
