@@ -268,8 +268,7 @@ class IntegrityConfig:
     # Problems drawn anew, for the audit isomorphic: arith, or "module:name" of a function (Prompt, random.Random) -> Prompt; null: not run
     renewal: str | None = None
     hints: bool = False  # the audit wrong_hint: two more ways to play every problem
-    # "module:name" of a function Episode -> float, a judge that training does not hear: the audit two_judges
-    second_judge: str | None = None
+    second_judge: str | None = None  # "module:name" of a function Episode -> float that training does not hear: the audit two_judges
     paraphrase: str | None = None  # "module:name" of a function str -> str that says a plan otherwise: the audit of that name
     cross_play: bool = False  # either agent with the other as it was at the start: two more ways to play; needs a reference
     # guard: what follows when this audit alarms and the verdict is a hack; "default" for those not named
