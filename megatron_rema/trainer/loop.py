@@ -7,35 +7,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch.distributed as dist
-from torch import Tensor
 
-from megatron_rema.algorithm.control import adapted_kl_coef
 from megatron_rema.config import RunConfig, as_mapping
-from megatron_rema.models.policy import ParallelModel
+from megatron_rema.integrity.verdict import Response
 from megatron_rema.planning.explain import settings
 from megatron_rema.report.page import write_report
-from megatron_rema.reward.assign import Assigned, assign, counterfactual_metrics, reward_metrics, set_apart
+from megatron_rema.reward.assign import counterfactual_metrics, reward_metrics, set_apart
 from megatron_rema.reward.behaviour import behaviour_metrics
-from megatron_rema.reward.functions import named_function
-from megatron_rema.reward.gates import Gate, apply_gates, gates_of
 from megatron_rema.reward.math_verifier import Judgement, VerifierPool
-from megatron_rema.reward.model_scorer import add_model_scores
-from megatron_rema.reward.shaping import debias_length, noted_references, shape_by_references
 from megatron_rema.rollout.dataset import PromptStream
-from megatron_rema.rollout.dialogue import Chats, DialogueRules
 from megatron_rema.rollout.redaction import is_redacted
 from megatron_rema.rollout.scheduler import starts_of
-from megatron_rema.rollout.traces import traces_of
 from megatron_rema.trainer import state
 from megatron_rema.trainer.alarms import Alarms
 from megatron_rema.trainer.bench import bench_of
 from megatron_rema.trainer.cast import (
     Layouts,
-    Policy,
     build_engines,
     build_model,
     build_policies,
@@ -49,33 +40,28 @@ from megatron_rema.trainer.cast import (
     trained,
 )
 from megatron_rema.trainer.collect import play_everywhere
-from megatron_rema.trainer.constraint import Constrain, constraint_of
+from megatron_rema.trainer.constraint import constraint_of
 from megatron_rema.trainer.credit import (
     assign_advantages,
     chosen_for_training,
     component_weights,
-    generalized_advantages,
     group_by_prompt,
     informative_frac,
     inside,
-    penalise_divergence,
-    penalise_overlong,
     share_plan_rewards,
 )
-from megatron_rema.trainer.diagnosis import find_non_finite, tell_skipped
 from megatron_rema.trainer.evaluation import evaluate_sets, show
-from megatron_rema.trainer.experience import is_trainable, pack_for_rank
 from megatron_rema.trainer.faults import SkippedUpdates
 from megatron_rema.trainer.guard import Guard
 from megatron_rema.trainer.inputs import Inputs, Source
 from megatron_rema.trainer.integrity import Monitor, monitor_of
-from megatron_rema.trainer.preference import episode_scores
+from megatron_rema.trainer.learning import active_policies, train_policy
+from megatron_rema.trainer.payment import Payment
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
-from megatron_rema.trainer.scoring import label_logprobs, scalars
-from megatron_rema.trainer.update import update_critic, update_policy
-from megatron_rema.trainer.whitebox import heavy_tail, scorer
-from megatron_rema.types import Engine, Episode, Prompt, Role, Trace, Verdict
+from megatron_rema.trainer.study import Study
+from megatron_rema.trainer.whitebox import scorer
+from megatron_rema.types import Episode, Prompt, Verdict
 
 # phase of a step -> its metric
 _PHASES = {
@@ -87,31 +73,6 @@ _PHASES = {
     "sync": "sync/sync_s",
     "audit": "integrity/audit_s",
 }
-
-
-@dataclass
-class Study:
-    """One assembled run."""
-
-    config: RunConfig
-    policies: dict[str, Policy]
-    reward_model: ParallelModel | None
-    engines: dict[str, Engine]
-    rules: DialogueRules
-    constrain: Constrain
-    chat: Chats
-    stream: PromptStream
-    sets: dict[str, list[Prompt]]
-    verifier: VerifierPool
-    folder: RunFolder
-    checkpoints: state.Checkpoints
-    reporter: Reporter
-    position: state.Position
-    skipped: SkippedUpdates
-    alarms: Alarms
-    monitor: Monitor | None = None
-    guard: Guard | None = None
-    members: dict[str, list[float]] = field(default_factory=dict)  # what each head of the reward model says of the step's episodes
 
 
 def train(config: RunConfig, inputs: Inputs) -> None:
@@ -147,7 +108,7 @@ def train(config: RunConfig, inputs: Inputs) -> None:
             study = Study(
                 config=config,
                 policies=policies,
-                reward_model=reward_model,
+                payment=Payment(config, reward_model, reporter),
                 engines=engines,
                 rules=rules,
                 constrain=constrain,
@@ -201,7 +162,7 @@ def run(study: Study) -> None:
 
 def is_over(study: Study) -> bool:
     position, trainer = study.position, study.config.trainer
-    if study.monitor is not None and study.monitor.response.ends:
+    if responded(study).ends:
         return True
     return position.step >= trainer.steps or 0 < trainer.token_budget <= position.sampled_tokens
 
@@ -216,9 +177,14 @@ def step(study: Study) -> dict[str, float]:
     position.sampled_tokens += sampled
     for engine in study.engines.values():
         engine.sleep()
-    assigned = reward(study, played, judgements, component_dropout=config.reward.component_dropout)
-    reward_model_metrics = score_with_reward_model(study, assigned.scored)
-    shaping_metrics = shape(study, assigned.scored) | apply_gates(assigned.scored, gates_in_force(study))
+    payment, response, ladder = study.payment, responded(study), config.integrity.ladder.values()
+    assigned, reward_model_metrics = payment.score(
+        played, judgements, step=position.step, component_dropout=config.reward.component_dropout
+    )
+    position.par_references, shaping_metrics = payment.shape(
+        assigned.scored, position.par_references, now=response.shaped, later=study.guard is not None and "shape" in ladder
+    )
+    shaping_metrics |= payment.veto(assigned.scored, response.gates)
     assigned, counterfactual = set_apart(assigned)
     share_plan_rewards(assigned.scored, scheme=config.reward.scheme)
     chosen = chosen_for_training(assigned.scored, config.rollout)
@@ -270,48 +236,19 @@ def step(study: Study) -> dict[str, float]:
     return {"step": position.step, "weight_version": position.weight_version, "time_s": time.perf_counter() - begin, **metrics}
 
 
-def reward(study: Study, episodes: Sequence[Episode], judgements: Mapping[str, Judgement], *, component_dropout: float = 0.0) -> Assigned:
-    """What training pays for episodes, but for a reward model's score, shaping and the gates, which come after it."""
-    settings, rollout = study.config.reward, study.config.rollout
-    assigned = assign(
-        episodes,
-        judgements,
-        scheme=settings.scheme,
-        mask_unfinished_reward=settings.mask_unfinished_reward,
-        function=named_function("reward.function", settings.function) if settings.function else None,
-        weights=settings.weights,
-        component_dropout=component_dropout,
-        step=study.position.step,
-    )
-    penalise_overlong(assigned.scored, buffer_tokens=settings.overlong_buffer_tokens, max_tokens=rollout.max_episode_tokens)
-    return assigned
-
-
-def gates_in_force(study: Study) -> list[Gate]:
-    """The configured ones, and those that audits have led to."""
-    found = study.monitor.response.gates if study.monitor is not None else ()
-    return gates_of([*dict.fromkeys((*study.config.reward.gates, *found))])
-
-
-def shape(study: Study, episodes: Sequence[Episode]) -> dict[str, float]:
-    """What is done to whole rewards before episodes are compared. Audits see rewards without it: they play one episode a problem."""
-    settings, integrity, position = study.config.reward, study.config.integrity, study.position
-    debias_length(episodes, coefficient=settings.length_debias)
-    shaped = settings.shaping == "par" or (study.monitor is not None and study.monitor.response.shaped)
-    if shaped or (integrity.mode == "guard" and "shape" in integrity.ladder.values()):  # which may ask for them later
-        position.par_references = noted_references(episodes, position.par_references, count=settings.par_references)
-    return shape_by_references(episodes, position.par_references) if shaped else {}
+def responded(study: Study) -> Response:
+    """What audits so far have led to, in force now."""
+    return study.monitor.response if study.monitor is not None else Response()
 
 
 def watch(study: Study, monitor: Monitor, scored: Sequence[Episode], metrics: Mapping[str, float]) -> dict[str, float]:
     """Signals of the step and, when one is due, an audit of the policies as they are after it."""
     step = study.position.step
-    found = monitor.observe(step, scored, metrics, study.members)
+    found = monitor.observe(step, scored, metrics, study.payment.members)
 
     def pay(episodes: Sequence[Episode], judgements: Mapping[str, Judgement]) -> list[Episode]:
-        paid = reward(study, episodes, judgements).scored
-        score_with_reward_model(study, paid)
-        apply_gates(paid, gates_in_force(study))
+        paid = study.payment.score(episodes, judgements, step=step)[0].scored
+        study.payment.veto(paid, monitor.response.gates)
         return paid
 
     tokens = study.config.trainer.microbatch_tokens
@@ -327,7 +264,7 @@ def watch(study: Study, monitor: Monitor, scored: Sequence[Episode], metrics: Ma
 
 
 def obey(study: Study, guard: Guard, monitor: Monitor) -> None:
-    """What the last audit led to, as far as it is done once: gates and shaping are `reward`'s business."""
+    """What the last audit led to, as far as it is done once: gates and shaping are `responded`'s, step by step."""
     back_to, position = monitor.response.back_to, study.position
     if monitor.is_clean:
         guard.keep(position, trained(study.policies))
@@ -375,159 +312,6 @@ def draw(study: Study) -> tuple[list[Prompt], list[Episode], dict[str, Judgement
         if len(inside(known, right, rollout)) >= rollout.prompts_per_step:
             break
     return prompts, episodes, judgements
-
-
-def score_with_reward_model(study: Study, episodes: Sequence[Episode]) -> dict[str, float]:
-    """Add the reward model's scores to the episodes' rewards, where there is one."""
-    reward = study.config.reward
-    if study.reward_model is None:
-        return {}
-    with study.reporter.phase("reward_model"):
-        views = {e.episode_id: trace for e in episodes for trace in traces_of(e) if trace.role is Role.REASONING}
-        scores = episode_scores(study.reward_model, list(views.values()), microbatch_tokens=study.config.trainer.microbatch_tokens)
-    study.members = dict(zip(views, scores, strict=True))
-    return add_model_scores(
-        episodes,
-        study.members,
-        weight=reward.model_weight,
-        ensemble=reward.model_ensemble,
-        coefficient=reward.model_ensemble_coef,
-        mask_unfinished_reward=reward.mask_unfinished_reward,
-    )
-
-
-def active_policies(study: Study) -> list[Policy]:
-    """Whom this step updates: everyone who learns, or one policy after the other every ``alternate_every`` steps."""
-    agents, policies = study.config.agents, [policy for policy in study.policies.values() if policy.optimizer is not None]
-    if agents.schedule == "simultaneous":
-        return policies
-    return [policies[study.position.step // agents.alternate_every % len(policies)]]
-
-
-def train_policy(study: Study, policy: Policy, episodes: Sequence[Episode]) -> dict[str, float]:
-    """Optimizer steps of one policy, and of its critic, on its roles' traces. With several policies, metric names carry the policy's."""
-    config, reporter = study.config, study.reporter
-    parts = [
-        [study.constrain(t) for e in part for t in traces_of(e) if t.role in policy.roles]
-        for part in minibatches(episodes, config.trainer.minibatches_per_step)
-    ]
-    kept = [[trace for trace in part if is_trainable(trace)] for part in parts]
-    traces = [trace for part in kept for trace in part]
-    if not traces:  # a step may have none: of a reasoner, say, whose meta-thinker never came to an end
-        study.folder.alert({"step": study.position.step + 1, "alert": "no_trainable_trace", "policy": policy.name})
-        reporter.say(f"ALERT step {study.position.step + 1}: policy {policy.name} said nothing that can be trained on; it is not updated")
-        return {}
-    with reporter.phase("score"):  # before the first update: all minibatches are scored by the policy that sampled them
-        columns = score(study, policy, traces)
-    divergence: dict[str, float] = {}
-    if config.algorithm.chi2_coef > 0:
-        columns["advantages"], divergence = penalise_divergence(traces, columns, config.algorithm)
-    results = []
-    first = 0
-    with reporter.phase("update", total=len(kept)):
-        for part in kept:
-            own = {name: column[first : first + len(part)] for name, column in columns.items()}
-            first += len(part)
-            if part:
-                results.append(update(study, policy, part, own))
-                study.skipped.count(results[-1], step=study.position.step + 1, owner=f"policy {policy.name}")
-            reporter.advance(len(results))
-    merged = {name: sum(row[name] for row in results) / len(results) for name in results[0]}
-    merged |= {name: float(sum(row[name] for row in results)) for name in merged if name.endswith("/skipped_updates")}
-    if "sync/logprob_gap_max" in merged:
-        merged["sync/logprob_gap_max"] = max(row["sync/logprob_gap_max"] for row in results)
-    merged |= divergence | control_kl(study, policy, merged, num_traces=len(traces))
-    merged["train/dropped_traces"] = float(sum(map(len, parts)) - len(traces))
-    if study.monitor is not None:
-        merged |= heavy_tail(traces, columns)
-    if len(study.policies) == 1:
-        return merged
-    return {f"{name.split('/')[0]}/{policy.name}/{name.split('/', 1)[1]}": value for name, value in merged.items()}
-
-
-def kl_coef_of(study: Study, policy: Policy) -> float:
-    """The policy's KL coefficient in this step: the configured one, or where its controller stands."""
-    return study.position.kl_coefs.get(policy.name, study.config.algorithm.kl_coef)
-
-
-def control_kl(study: Study, policy: Policy, metrics: Mapping[str, float], *, num_traces: int) -> dict[str, float]:
-    """Move the policy's KL coefficient towards ``algorithm.kl_target_nats``, for the steps to come. Returns the one that this step had."""
-    algorithm = study.config.algorithm
-    if algorithm.kl_target_nats is None:
-        return {}
-    coef = kl_coef_of(study, policy)
-    if "train/kl_ref_nats" in metrics:  # not where the critic alone was updated
-        study.position.kl_coefs[policy.name] = adapted_kl_coef(
-            coef,
-            metrics["train/kl_ref_nats"],
-            target=algorithm.kl_target_nats,
-            num_traces=num_traces,
-            horizon=algorithm.kl_horizon,
-        )
-    return {"train/kl_coef": coef}
-
-
-def score(study: Study, policy: Policy, traces: Sequence[Trace]) -> dict[str, list[Tensor]]:
-    """Per-token columns that the objective needs, trace by trace, from each model at its own layout."""
-    config = study.config
-    tokens, temperature = config.trainer.microbatch_tokens, config.rollout.temperature
-    columns: dict[str, list[Tensor]] = {}
-    if config.trainer.minibatches_per_step > 1 or config.algorithm.reward_kl_coef > 0 or config.algorithm.chi2_coef > 0:
-        columns["old_logprobs"] = label_logprobs(policy.model, traces, temperature=temperature, microbatch_tokens=tokens)
-    if config.algorithm.needs_ref_logprobs:
-        columns["ref_logprobs"] = label_logprobs(policy.reference, traces, temperature=temperature, microbatch_tokens=tokens)
-    if policy.critic is not None:
-        columns["values"] = [values[:, 0] for values in scalars(policy.critic.model, traces, microbatch_tokens=tokens)]
-        columns |= generalized_advantages(traces, columns, config.algorithm)
-    return columns
-
-
-def update(study: Study, policy: Policy, traces: Sequence[Trace], columns: dict[str, list[Tensor]]) -> dict[str, float]:
-    """One optimizer step of the policy, one of its critic; the critic alone while it warms up."""
-    config = study.config
-    shape = {"max_turns": config.rollout.max_rounds, "microbatch_tokens": config.trainer.microbatch_tokens, "columns": columns}
-    at = min(study.position.sampled_tokens, config.trainer.token_budget) if config.trainer.token_budget else None
-    metrics: dict[str, float] = {}
-    if policy.critic is not None:
-        batches = pack_for_rank(traces, aggregation="token", groups=policy.critic.model.groups, **shape)
-        metrics |= update_critic(
-            policy.critic.model, policy.critic.optimizer, batches, value_clip=config.critic.value_clip, schedule_position=at
-        )
-        if metrics["critic/skipped_updates"]:
-            values = scalars(policy.critic.model, traces, microbatch_tokens=config.trainer.microbatch_tokens)
-            explain_skipped(study, f"the critic of policy {policy.name}", traces, {"values": values} | columns)
-    if policy.critic is None or study.position.step >= config.critic.warmup_steps:
-        batches = pack_for_rank(traces, aggregation=config.algorithm.aggregation, groups=policy.model.groups, **shape)
-        metrics |= update_policy(
-            policy.model,
-            policy.optimizer,
-            batches,
-            algorithm=replace(config.algorithm, kl_coef=kl_coef_of(study, policy)),
-            temperature=config.rollout.temperature,
-            reference=policy.reference if config.algorithm.kl_estimator == "exact" else None,
-            schedule_position=at,
-            with_energy=study.monitor is not None,
-        )
-        if metrics["train/skipped_updates"]:
-            logprobs = label_logprobs(
-                policy.model, traces, temperature=config.rollout.temperature, microbatch_tokens=config.trainer.microbatch_tokens
-            )
-            explain_skipped(study, f"policy {policy.name}", traces, {"logprobs": logprobs} | columns)
-    return metrics
-
-
-def explain_skipped(study: Study, model: str, traces: Sequence[Trace], columns: Mapping[str, Sequence[Tensor]]) -> None:
-    found = find_non_finite(traces, columns)
-    tell_skipped(found, step=study.position.step + 1, model=model, folder=study.folder, reporter=study.reporter)
-
-
-def minibatches(episodes: Sequence[Episode], count: int) -> list[list[Episode]]:
-    """Episodes split by whole prompts, dealt in turn, so that every minibatch holds whole groups."""
-    order = {prompt_id: index for index, prompt_id in enumerate(dict.fromkeys(e.prompt.prompt_id for e in episodes))}
-    parts: list[list[Episode]] = [[] for _ in range(count)]
-    for episode in episodes:
-        parts[order[episode.prompt.prompt_id] % count].append(episode)
-    return parts
 
 
 def evaluate(study: Study) -> None:

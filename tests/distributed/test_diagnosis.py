@@ -15,7 +15,7 @@ from megatron_rema.config import AlgorithmConfig
 from megatron_rema.models.optimizer import build_optimizer
 from megatron_rema.models.policy import build_policy
 from megatron_rema.parallel.groups import build_groups
-from megatron_rema.trainer.loop import update
+from megatron_rema.trainer.learning import update
 from megatron_rema.trainer.progress import Reporter
 from megatron_rema.trainer.run_folder import RunFolder
 from megatron_rema.trainer.state import Position

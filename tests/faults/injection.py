@@ -60,7 +60,7 @@ def places() -> dict[str, list[tuple[Any, str]]]:
     from megatron_rema.models.optimizer import Optimizer
     from megatron_rema.models.policy import ParallelModel
     from megatron_rema.reward.math_verifier import VerifierPool
-    from megatron_rema.trainer import cast, cold_start, loop, preflight, state
+    from megatron_rema.trainer import cast, cold_start, learning, loop, preflight, state
     from megatron_rema.trainer.run_folder import RunFolder
 
     return {
@@ -70,7 +70,7 @@ def places() -> dict[str, list[tuple[Any, str]]]:
         "engines": [(loop, "build_engines")],
         "generate": [(TransformersEngine, "step")],
         "verify": [(VerifierPool, "collect")],
-        "score": [(loop, "label_logprobs"), (loop, "scalars")],
+        "score": [(learning, "label_logprobs"), (learning, "scalars")],
         "update": [(ParallelModel, "forward_backward")],
         "optimizer": [(Optimizer, "step")],
         "sync": [(TransformersEngine, "load_weights")],
