@@ -61,6 +61,7 @@ def one_update(folder: Path, tensor: int, pipeline: int, poisoned: bool):
         position=Position(),
         folder=RunFolder(folder, writes=dist.get_rank() == 0),
         reporter=Reporter(speaks=False),
+        monitor=None,
     )
     policy = SimpleNamespace(name="shared", model=model, optimizer=optimizer, reference=None, critic=None)
     metrics = update(study, policy, step_traces(), {})
