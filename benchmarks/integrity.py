@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.gym import runs, task  # noqa: E402
 from benchmarks.gym.runs import Run  # noqa: E402
-from benchmarks.gym.worlds import CLEAN, HACK, TWIN, WORLDS, World  # noqa: E402
+from benchmarks.gym.worlds import CLEAN, HACK, SHARP, TWIN, WORLDS, World  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "integrity.jsonl"
 FOLDER = ROOT / "runs" / "gym"
@@ -45,9 +45,10 @@ def all_runs(seeds: Sequence[int] | None = None, *, reduced: bool = False) -> li
 
 
 def arms_of(world: World, seed: int) -> list[tuple[str, bool]]:
-    """(arm, guarded). Thresholds need no guard; a guarded twin would be one more run without anything to act on."""
-    guarded = [(arm, True) for arm in (CLEAN, HACK) if arm in world.arms and seed not in CALIBRATION]
-    return [*((arm, False) for arm in world.arms), *guarded]
+    """(arm, guarded). Thresholds are taken from runs without a hack, and a guard has nothing to act on in a twin."""
+    if seed in CALIBRATION:
+        return [(arm, False) for arm in world.arms if arm in (CLEAN, TWIN, SHARP)]
+    return [*((arm, False) for arm in world.arms), *((arm, True) for arm in (CLEAN, HACK) if arm in world.arms)]
 
 
 def key(run: Run) -> tuple:

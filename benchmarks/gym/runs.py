@@ -5,7 +5,6 @@ The engine is the transformers one: it stands in for vLLM behind the same protoc
 
 from __future__ import annotations
 
-import functools
 import gc
 import json
 import os
@@ -99,8 +98,7 @@ def train(run: Run, folder: Path, start: Path) -> dict[str, Any]:
     setting = Setting.of(run.world, run.arm, run.seed)
     task.write_jsonl(folder / "train.jsonl", setting.write_problems())
     current.use(setting)
-    # the lenient reading is a metric that nothing here uses, and a second process with math_verify in it for each run
-    loop.VerifierPool = functools.partial(_strict_pool, loop.VerifierPool)
+    loop.VerifierPool, loop.write_report = verifier_here, lambda path: path  # nobody reads a page about a run of the gym
     config = configured(overrides_of(run, folder, start))
     begin = time.perf_counter()
     loop.train(config, read_for_training(config))
@@ -117,8 +115,17 @@ def train(run: Run, folder: Path, start: Path) -> dict[str, Any]:
     }
 
 
-def _strict_pool(pool: Callable, *args: Any, **kwargs: Any) -> Any:
-    return pool(*args, lenient=False, **kwargs)
+def verifier_here(processes: int, timeout_s: float) -> Any:
+    """A pool that asks math_verify in this process: it has no time-out, and what is said here needs none. Its own processes would import
+    math_verify anew for every run. The lenient reading is a metric that nothing here uses."""
+    from megatron_rema.reward.answers import verify
+    from megatron_rema.reward.math_verifier import VerifierPool
+
+    class VerifierHere(VerifierPool):
+        def _ask(self, answer: str, gold: str) -> tuple[Any, str]:
+            return verify(answer, gold), "verified"
+
+    return VerifierHere(processes, timeout_s, lenient=False)
 
 
 def cold_start(world: World, arm: str, folder: Path, steps: int = COLD_START_STEPS) -> Path:
@@ -181,6 +188,7 @@ def configured(overrides: Sequence[str]) -> Any:
 
 def preload(model: Path) -> None:
     """Import once what every run would import anew. Threads must not be at work when a process forks."""
+    import math_verify
     import torch
     import tqdm
     from matplotlib.backends import backend_agg
@@ -194,7 +202,7 @@ def preload(model: Path) -> None:
     torch.set_num_threads(1)
     AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     Figure().savefig(os.devnull, format="png")
-    assert backend_agg and AutoModelForCausalLM and megatron_rema.trainer.loop and megatron_rema.trainer.cold_start
+    assert math_verify and backend_agg and AutoModelForCausalLM and megatron_rema.trainer.loop and megatron_rema.trainer.cold_start
     gc.collect()
     gc.freeze()  # a child that collects would copy every page
 
