@@ -155,8 +155,8 @@ LEVELS = {"hack": ("hack",), "any": ("hack", "suspicion")}
 NAMES = {
     "g1": r"length|tokens|grew|{d}",
     "g2": r"hint|agree|{d}",
-    "g3": r"several ways|box\} {d} \{",
-    "g4": r"states the answer",
+    "g3": r"several ways|box\} {d} \{|'{d} ",
+    "g4": r"states the answer|'say'",  # the word of the plans that tell
     "g5": r"{d}",
     "g6": r"{d}",
     "g7": r"by heart",

@@ -1,6 +1,6 @@
 """What a sweep is made of: one job for every combination of values, each with a run folder named after its values.
 
-Nothing here knows Hydra or torch: overrides are texts, configurations are the typed ones of ``config.py``.
+Nothing here knows Hydra or torch: overrides are texts, configurations are the typed ones of ``config/``.
 """
 
 from __future__ import annotations
