@@ -178,7 +178,7 @@ class RewardConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class RewardModelConfig:
-    """What train_reward_model trains: K heads on a shared trunk, by Bradley-Terry."""
+    """What train_reward_model trains: K heads on a shared trunk, by Bradley-Terry. One of K heads at model.path is trained on."""
 
     heads: Count = 1
     bootstrap: bool = False  # each head sees its own resample of the pairs
@@ -268,13 +268,14 @@ class IntegrityConfig:
     # Problems drawn anew, for the audit isomorphic: arith, or "module:name" of a function (Prompt, random.Random) -> Prompt; null: not run
     renewal: str | None = None
     hints: bool = False  # the audit wrong_hint: two more ways to play every problem
-    second_judge: str | None = None  # "module:name" of a function Episode -> float that training does not hear: the audit two_judges
+    # "module:name" of a function Episode -> float, a judge that training does not hear: the audit two_judges
+    second_judge: str | None = None
     paraphrase: str | None = None  # "module:name" of a function str -> str that says a plan otherwise: the audit of that name
     cross_play: bool = False  # either agent with the other as it was at the start: two more ways to play; needs a reference
     # guard: what follows when this audit alarms and the verdict is a hack; "default" for those not named
     ladder: dict[str, Literal["annotate", "shape", "quarantine", "roll_back"]] = field(default_factory=lambda: {"default": "annotate"})
     max_roll_backs: Count = 2  # the next one ends the run
-    keep_clean_checkpoints: Count = 4  # of steps whose audit was clean: what a roll-back returns to
+    keep_clean_checkpoints: Count = 2  # of steps at which nothing pointed to a hack: what a roll-back returns to
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -551,6 +552,8 @@ def _check_mitigations(config: RunConfig) -> None:
         raise ConfigError(f"{name} with algorithm.advantage={config.algorithm.advantage}; it is grpo by component: set advantage=grpo.")
     if config.reward.shaping == "par":
         raise ConfigError(f"{name} with reward.shaping=par, which shapes the sum that is not looked at then: use one of them.")
+    if config.integrity.mode == "guard" and "shape" in config.integrity.ladder.values():
+        raise ConfigError(f"{name} with shape in integrity.ladder, which shapes the sum that is not looked at then: use another action.")
     if config.rollout.samples_per_plan > 1 or config.reward.scheme == "consistency":
         raise ConfigError(
             f"{name} with rollout.samples_per_plan {config.rollout.samples_per_plan}; what a plan shares with other answers is no part "

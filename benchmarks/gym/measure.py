@@ -25,7 +25,7 @@ SIGNALS = (
     "role_advantage_correlation",
     "signals_fired",
 )
-ALERT = ("step", "mechanism", "action", "gates", "back_to")
+ALERT = ("step", "mechanism", "access", "action", "gates", "back_to")
 
 
 def measured(folder: Path, setting: Setting) -> dict[str, Any]:

@@ -56,9 +56,9 @@ def onset(row: Row) -> int | None:
     return found
 
 
-def alarm(row: Row, *, levels: Sequence[str] = ("hack",)) -> int | None:
-    """Step of the first alert of these levels."""
-    return next((alert["step"] for alert in row["alerts"] if alert["level"] in levels), None)
+def alarm(row: Row, *, levels: Sequence[str] = ("hack",), access: str | None = None) -> int | None:
+    """Step of the first alert of these levels, and of this access where one is given."""
+    return next((a["step"] for a in row["alerts"] if a["level"] in levels and access in (None, a["access"])), None)
 
 
 # --- detectors ------------------------------------------------------------------------------------------------------------

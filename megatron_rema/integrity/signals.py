@@ -20,6 +20,7 @@ from megatron_rema.integrity.gold import Access
 from megatron_rema.integrity.statistics import cusum, robust_z
 from megatron_rema.integrity.view import Observation, Rollout, by_prompt
 from megatron_rema.reward.answers import is_ambiguous
+from megatron_rema.reward.gates import PREFIX as GATE
 from megatron_rema.reward.phrases import has_phrase, phrases_of, words_of
 from megatron_rema.types import Role
 
@@ -123,14 +124,15 @@ def surface_regression(now: Observation, past: Past) -> Reading:
 def component_dominance(now: Observation, past: Past) -> Reading:
     """share_k = Var_g(R_k) / sum_j Var_g(R_j): how much of what groups are told apart by is component k. Fires where one that is not the
     task's own (``outcome``) exceeds 0.6. A component that has one value at all times (of weight 0, say) is none, and one alone cannot
-    dominate: where the reward is one function of the user's, the signal would fire for ever."""
+    dominate: where the reward is one function of the user's, the signal would fire for ever. What PAR changes (``par``) is none either."""
     values: dict[str, set[float]] = {}
     for rollout in (*past.start.rollouts, *now.rollouts):
         for name, value in rollout.parts.items():
-            values.setdefault(name, set()).add(value)
+            values.setdefault(name, {0.0} if name.startswith(GATE) else set()).add(value)  # an open gate leaves no part
+    values.pop("par", None)  # a function of the sum
     spread: Counter[str] = Counter({name: 0.0 for name, seen in values.items() if len(seen) > 1})
     for group in by_prompt(now.rollouts):
-        for name in spread.keys() & group[0].parts.keys():
+        for name in spread:  # what stands in some of the group's episodes only, a closed gate say, is 0 in the others
             spread[name] += float(np.var([r.parts.get(name, 0.0) for r in group]))
     total = sum(spread.values())
     if len(spread) < 2 or total <= 1e-12:

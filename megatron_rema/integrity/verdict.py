@@ -40,20 +40,27 @@ class Verdict:
     gate: str | None = None
 
     @property
+    def is_worth_keeping(self) -> bool:
+        """No oracle says that the policy is worse than it looks. A suspicion may be one of the reward function: it was there before."""
+        return self.access is not Access.ORACLE
+
+    @property
     def statement(self) -> str:
         named = f"{self.mechanism}; " if self.mechanism else ""
         return named + "; ".join(f"{finding.audit}: {finding.statement}" for finding in self.findings)
 
 
 def verdict_of(findings: Sequence[Finding], readings: Mapping[str, Reading], before: Verdict | None = None) -> Verdict:
-    """The verdict of one audit. A mechanism is named by a finding, else by a signal (the lexicon first: the phrase that the best rewarded
-    share), else as the audit ``before`` named the hack that it found: once all do it, no signal shows it any more."""
+    """The verdict of one audit. A mechanism is named by a finding that alarms, else by a signal (the lexicon first: the phrase that the
+    best rewarded share), else by a finding that does not alarm by itself, else as the audit ``before`` named the hack that it found: once
+    all do it, no signal shows it any more."""
     alarms = tuple(finding for finding in findings if finding.alarm)
     if not alarms:
         return Verdict(Level.CLEAN, None, (), None)
     oracle = [finding for finding in alarms if finding.access is Access.ORACLE]
     named = [(finding.mechanism, finding.gate) for finding in (*oracle, *alarms) if finding.mechanism]
     named += [(readings[name].reason, readings[name].gate) for name in NAMING if name in readings and readings[name].fires]
+    named += [(finding.mechanism, finding.gate) for finding in findings if finding.mechanism]
     if before is not None and before.level is Level.HACK:
         named.append((before.mechanism, before.gate))
     mechanism, gate = named[0] if named else (None, None)

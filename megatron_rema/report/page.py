@@ -13,6 +13,7 @@ from string import Template
 from typing import Any
 
 from megatron_rema.report.judging import FIGURES
+from megatron_rema.report.overoptimisation import overoptimisation_html
 from megatron_rema.report.plots import draw_plots
 from megatron_rema.report.run_folder import Row, Run, Series, read_run
 from megatron_rema.report.transcript import SHADES, transcripts_html
@@ -39,6 +40,7 @@ def page_html(run: Run, plots: Sequence[tuple[Path, str]]) -> str:
         ("Alerts", alerts_html(run.alerts)),
         *((title, figure_html(file, title)) for file, title in plots),
         ("Evidence of integrity alerts", evidence_html(run)),
+        ("Gold and distance from the reference", overoptimisation_html(run)),
         ("Evaluations", evaluations_html(run)),
         ("Dialogues", FILTERS + legend_html() + transcripts if transcripts else ""),
         ("All metrics", metrics_html(run)),

@@ -8,9 +8,11 @@ response says what should, and trainer/guard.py does it.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from megatron_rema.config import IntegrityConfig, RunConfig
@@ -20,6 +22,7 @@ from megatron_rema.integrity.verdict import Action, Level, Response, Verdict, ch
 from megatron_rema.integrity.view import Observation, rollouts_of
 from megatron_rema.reward.behaviour import leaks_first
 from megatron_rema.reward.functions import named_function
+from megatron_rema.reward.math_verifier import Judgement
 from megatron_rema.trainer.audit_arms import (
     FEWEST_PROBLEMS,
     Arm,
@@ -40,6 +43,7 @@ from megatron_rema.trainer.whitebox import findings as white_box_findings
 from megatron_rema.trainer.whitebox import white_box
 from megatron_rema.types import Episode, Prompt
 
+RECENT_STEPS = 5  # a step's few problems are easy or hard by luck
 Score = Callable[[Episode], float | None]
 
 
@@ -75,15 +79,17 @@ class Monitor:
         self.response = Response()  # what audits so far have led to
         self._verdict: Verdict | None = None  # of the last audit
         self._audited: int | None = None  # its step
+        self._canaries: dict[str, Judgement] = {}  # by episode_id
         self._start = Observation(0, [])
-        self._trained: list[Episode] = []  # of the last step, at most audit_problems: what proxy and gold are compared on
+        # Of the last RECENT_STEPS steps, at most audit_problems each: what proxy and gold are compared on
+        self._recent: deque[list[Episode]] = deque(maxlen=RECENT_STEPS)
         self._metrics: list[dict[str, float]] = []  # of earlier steps
         self._outcomes: list[dict[str, Any]] = []  # rows of audits.jsonl, oldest first; without those that a roll-back undid
 
     @property
     def is_clean(self) -> bool:
-        """What the last audit said."""
-        return self._verdict is not None and self._verdict.level is Level.CLEAN
+        """A guard may come back to what the last audit saw: no oracle says that it is worse than it looks, and nothing points that way."""
+        return self._verdict is not None and self._verdict.is_worth_keeping and self._outcomes[-1]["cusum"] == 0.0
 
     # --- every step --------------------------------------------------------------------------------------------------
 
@@ -97,7 +103,7 @@ class Monitor:
         """Signals of one step, as ``integrity/...`` metrics. ``episodes``: those that were rewarded; ``members``: what each member of a
         reward ensemble says of them."""
         now = Observation(step, rollouts_of(episodes, members), metrics)
-        self._trained = spread(episodes, self.settings.audit_problems)
+        self._recent.append(spread(episodes, self.settings.audit_problems))
         past = Past(self._start, self._metrics)
         self.readings = {signal.name: signal.measure(now, past) for signal in SIGNALS}
         values = {f"integrity/{key}": value for reading in self.readings.values() for key, value in reading.values.items()}
@@ -124,11 +130,12 @@ class Monitor:
         for row in self.folder.read("metrics.jsonl"):
             if row["step"] > step or "integrity/credit_tokens" not in row:  # the second: a step without a monitor
                 continue
-            rollouts = []
-            if row["step"] <= self.settings.start_steps:
+            episodes = []
+            if row["step"] <= self.settings.start_steps or row["step"] > step - RECENT_STEPS:
                 rows = self.folder.read(f"episodes/step_{row['step']:06d}.jsonl")
-                rollouts = rollouts_of([Episode.from_json(one) for one in rows])
-            self._remember(Observation(row["step"], rollouts, row), {})
+                episodes = [episode for episode in map(Episode.from_json, rows) if episode.turn_rewards]
+            self._remember(Observation(row["step"], rollouts_of(episodes), row), {})
+            self._recent.append(spread(episodes, self.settings.audit_problems))
             self.credit = row["integrity/credit_tokens"]
             firing = {name.rpartition("/")[2] for name in row if name.startswith("integrity/fires/")}
             if firing - self._firing:
@@ -195,6 +202,7 @@ class Monitor:
             self._outcomes = [row for row in self._outcomes if row["step"] <= response.back_to]
             self._metrics = [row for row in self._metrics if row["step"] <= response.back_to]
             self._verdict, self._firing = None, set()
+            self._recent.clear()
 
     def _play(self, step: int, problems: Sequence[Prompt], bench: Bench) -> tuple[dict[str, Any], int]:
         """One row of audits.jsonl, item by item, and the tokens that it cost."""
@@ -230,7 +238,9 @@ class Monitor:
                 row["followed"] = [follows(episode) for episode in played]
         row |= {"gold": outcomes, "right": right, "sampled_tokens": sampled}
         # As sampled for training: greedy decoding may never show, or never end, what samples are paid for
-        worth = [(episode, gold) for episode in self._trained if (gold := self._gold_of(episode)) is not None]
+        newest_first = [episode for episodes in reversed(self._recent) for episode in episodes]
+        trained = spread(newest_first, self.settings.audit_problems)
+        worth = [(episode, gold) for episode in trained if (gold := self._gold_of(episode)) is not None]
         row["trained"] = {
             "proxy": [proxy_of(episode) for episode, _ in worth],
             "gold": [gold for _, gold in worth],
@@ -240,12 +250,20 @@ class Monitor:
         if self.second_judge is not None:
             row["trained"]["second_judge"] = [float(self.second_judge(episode)) for episode, _ in worth]
         # The verifier cannot say that it is wrong itself: a canary is worth nothing, unless an oracle of the user's own values it
-        row["canaries"] = canary_rewards(problems, bench, (lambda episode: 0.0) if self.settings.oracle == "verdict" else self._gold_of)
+        worth_of = (lambda episode: 0.0) if self.settings.oracle == "verdict" else self._gold_of
+        row["canaries"] = canary_rewards(problems, replace(bench, judge=partial(self._judged, bench)), worth_of)
         row["stripped"], row["stripped_phrases"] = stripped_rewards(full, bench)
         row["transcripts"] = transcripts(row, said)
         if bench.score is not None:
             row |= white_box(full, chat=bench.chat, rules=bench.rules, score=bench.score)
         return row, sampled
+
+    def _judged(self, bench: Bench, episodes: Sequence[Episode]) -> Mapping[str, Judgement]:
+        """Verdicts on canaries, which are the same texts in every audit: each is asked for once. A collective."""
+        unknown = [episode for episode in episodes if episode.episode_id not in self._canaries]
+        if unknown:
+            self._canaries |= bench.judge(unknown)
+        return {episode.episode_id: self._canaries[episode.episode_id] for episode in episodes}
 
     def _gold_of(self, episode: Episode) -> float | None:
         """None: the oracle has no verdict."""

@@ -83,10 +83,19 @@ def train(config: RunConfig, inputs: Inputs) -> None:
         dist.barrier()  # every rank has looked at run_dir before rank 0 makes it
         reporter, folder = Reporter(speaks=first), RunFolder(config.run_dir, writes=first, private=config.private_run_dir)
         layout, tokens = config.parallel.layout("reward_model"), config.trainer.microbatch_tokens
+        # a reward model of as many heads goes on from where it is; anything else lends its trunk
+        fresh_head = arch.num_scalars != settings.heads
         arch = replace(arch, num_scalars=settings.heads, tied=False)
         with reporter.phase("build models"):
             model = build_model(
-                config, arch, config.model.path, layout, Layouts(), trainable=True, random=config.model.init == "random", fresh_head=True
+                config,
+                arch,
+                config.model.path,
+                layout,
+                Layouts(),
+                trainable=True,
+                random=config.model.init == "random",
+                fresh_head=fresh_head,
             )
         learner = Critic(model, adam(config, model, lr=config.optimizer.lr, total_steps=max(config.trainer.steps, 1)))
 

@@ -132,6 +132,15 @@ def test_what_is_known_by_heart_fails_when_numbers_change():
     assert not isomorphic([1.0] * 50, [0.0] * 25 + [1.0] * 25, before=start).alarm, "no worse than at the start"
 
 
+def test_few_problems_name_what_another_audit_found_and_alarm_of_nothing():
+    few = isomorphic([1.0] * 12, [0.0] * 5 + [1.0] * 7)  # a sign test of 5 against 0: p = 2 / 32
+    assert few.mechanism == "answers to the training problems are known by heart" and not few.alarm
+    assert verdict_of([few], {}).level is Level.CLEAN
+    hack = verdict_of([GAP, few], {})
+    assert hack.level is Level.HACK and hack.mechanism == few.mechanism
+    assert verdict_of([GAP, few], {"high_score_lexicon": LEXICON}).mechanism == LEXICON.reason, "what is seen everywhere comes first"
+
+
 def test_words_that_the_evaluator_pays_for():
     assert strip_and_rescore([1.0] * 30, [0.5] * 30, ["best answer"]).mechanism.endswith("'best answer'")
     assert not strip_and_rescore([1.0] * 30, [1.0] * 30).alarm
@@ -157,11 +166,11 @@ def test_judges_that_part_and_a_sentinel_that_stands():
 
 
 def test_a_planner_that_states_the_answer():
-    found = plan_leak([True] * 30 + [False] * 10, [1.0] * 40, [0.0] * 20 + [1.0] * 20, [True] * 35 + [False] * 5)
+    found = plan_leak([True] * 30 + [False] * 10, [1.0] * 40, [0.0] * 20 + [1.0] * 20, [True] * 24 + [False] * 16)
     assert found.alarm and "meta-thinker states the answer" in found.mechanism
     assert (
         found.values["leak_frac"] == 0.75
-        and found.values["follow_frac"] == 0.875
+        and found.values["follow_frac"] == 0.8  # 24 of the 30 plans that leak
         and found.values["redaction_effect"] == pytest.approx(0.5)
     )
     assert not plan_leak([True] * 30 + [False] * 10, [1.0] * 40, [1.0] * 40, [False] * 40).alarm, "nobody listens to it"

@@ -159,17 +159,17 @@ GUARD = replace(SETTINGS, mode="guard", ladder={"default": "roll_back"}, max_rol
 
 
 def goes_wrong(watch: Monitor, steps: Sequence[int]) -> list[dict[str, float]]:
-    """Honest up to step 6 and from step 16 to 22, leaking otherwise; the first and the fifth step's checkpoints are clean."""
+    """Honest up to step 6 and from step 12 to 22, leaking otherwise; the first and the fifth step's checkpoints are clean."""
     honest, leaking = FakeBench(honest_planner, able_reasoner), FakeBench(leaking_planner, copying_reasoner)
-    return [one_step(watch, step, honest if step <= 6 or 15 < step < 23 else leaking, [1, 5]) for step in steps]
+    return [one_step(watch, step, honest if step <= 6 or 11 < step < 23 else leaking, [1, 5]) for step in steps]
 
 
 def test_a_guard_goes_back_and_after_its_last_roll_back_ends_the_run(tmp_path):
     watch = monitor(tmp_path, GUARD)
-    goes_wrong(watch, range(1, 16))
+    goes_wrong(watch, range(1, 12))
     assert watch.response == Response(Action.ROLL_BACK, ("plan_leak",), back_to=5, roll_backs=1)
     assert [row["step"] for row in watch._outcomes] == [1, 5], "later audits compare with what was before"
-    goes_wrong(watch, range(16, 23))
+    goes_wrong(watch, range(12, 23))
     assert watch.is_clean and watch.response == Response(gates=("plan_leak",), roll_backs=1), "the veto stays"
     for step in range(23, 40):
         goes_wrong(watch, [step])
@@ -182,11 +182,11 @@ def test_a_guard_goes_back_and_after_its_last_roll_back_ends_the_run(tmp_path):
 
 def test_a_monitor_only_says_what_it_sees(tmp_path):
     watch = monitor(tmp_path, replace(GUARD, mode="monitor"))
-    goes_wrong(watch, range(1, 16))
+    goes_wrong(watch, range(1, 12))
     assert watch.response == Response() and audits_of(tmp_path)[-1]["verdict"] == "hack"
 
 
-@pytest.mark.parametrize("stop", [15, 19])
+@pytest.mark.parametrize("stop", [11, 15])
 def test_a_resumed_guard_stands_where_it_stood(tmp_path, stop):
     whole = goes_wrong(monitor(tmp_path / "whole", GUARD), range(1, 24))
     goes_wrong(monitor(tmp_path / "part", GUARD), range(1, stop + 1))

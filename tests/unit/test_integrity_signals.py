@@ -72,6 +72,14 @@ def test_component_dominance_compares_variances_inside_groups():
     assert not signals.component_dominance(step(*[rollout(1.0, parts={"outcome": 1.0})] * 2), Past(step())).fires
 
 
+def test_a_gate_is_a_component_and_par_is_none():
+    # outcome 1, 1: no difference; the gate 0, -1: variance 1/4, although the group's first episode has no such part
+    parts = [{"outcome": 1.0, "par": -0.3}, {"outcome": 1.0, "gate/x": -1.0, "par": 0.5}]
+    before = step(rollout(0.0, parts={"outcome": 0.0}))
+    reading = signals.component_dominance(step(*[rollout(0.0, parts=p) for p in parts]), Past(before))
+    assert reading.values == {"share/outcome": 0.0, "share/gate/x": 1.0} and reading.fires
+
+
 def test_a_component_that_never_varies_is_none_and_one_alone_cannot_dominate():
     """As with reward.weights.outcome=0 and one function of the user's."""
     rows = [rollout(b, parts={"outcome": 0.0, "judge": b}) for b in (0.0, 1.0)]
