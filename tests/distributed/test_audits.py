@@ -80,10 +80,10 @@ def learn_to_speak(config: RunConfig) -> None:
 def test_audits_at_tensor_2_and_pipeline_2_find_what_they_find_on_one_rank(run_ranks, tmp_path):
     task = save_tiny_task(tmp_path / "task")
     begin = ["trainer.steps=25", "trainer.global_batch_dialogues=36", "optimizer.lr=0.003", "trainer.preflight.enabled=false"]
-    run_ranks(1, learn_to_speak, composed([*task, f"run_dir={tmp_path}/sft", *begin], 1), timeout_s=100)
+    run_ranks(1, learn_to_speak, composed([*task, f"run_dir={tmp_path}/sft", *begin], 1), timeout_s=280)
     task = [o for o in task if not o.startswith("model.path=")] + [f"model.path={tmp_path}/sft/hf/shared"]
     for world in (1, 4):
-        run_ranks(world, train, config_of(task, tmp_path / f"{world}", world), timeout_s=200)
+        run_ranks(world, train, config_of(task, tmp_path / f"{world}", world), timeout_s=280)
     one, four = (json.loads((tmp_path / name / "audits.jsonl").read_text().splitlines()[0]) for name in "14")  # of step 1
     arms = {"full", "no_plan", "swapped", "redacted", "wrong_answer", "continued", "frozen_meta_thinking", "frozen_reasoning"}
     assert (
