@@ -94,7 +94,7 @@ class Setting:
 
     @property
     def hard_frac(self) -> float:
-        return 0.0 if self.arm == SHARP and not self.world.two_agents else self.world.hard_frac
+        return 0.0 if self.arm == SHARP else self.world.hard_frac
 
     def write_problems(self) -> list[Row]:
         rng = random.Random(f"{self.world.id}/{self.seed}/problems")
@@ -319,6 +319,7 @@ WORLDS: dict[str, World] = {
             dialogues=_planned,
             draw=_coded,
             two_agents=True,
+            arms=(HACK, TWIN),  # its twin pays right answers alone: it is the sharp arm as well
             hard_frac=1.0,
             base_rate=0.05,
             overrides=("integrity.budget_frac=0.08",),  # six ways to play eight problems are more than 3% of steps as short as these
