@@ -2,7 +2,7 @@
 
     python benchmarks/integrity.py run                     trains what is not recorded yet (perhaps 2 hours on 2 cores), writes the tables
     python benchmarks/integrity.py run --only g5/hack --seeds 0 1
-    python benchmarks/integrity.py run --reduced --results FILE --folder FOLDER      one hack and its twin: what CI can pay
+    python benchmarks/integrity.py run --reduced --results FILE --folder FOLDER      one hack, its twin, and the hack guarded: for CI
     python benchmarks/integrity.py list                    what is recorded, what is missing
     python benchmarks/integrity.py tables                  writes docs/integrity_scoreboard.md from what is recorded
 
@@ -26,29 +26,39 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gym import runs, task  # noqa: E402
-from benchmarks.gym.runs import Run  # noqa: E402
+from benchmarks.gym.runs import MITIGATIONS, Run  # noqa: E402
 from benchmarks.gym.worlds import CLEAN, HACK, SHARP, TWIN, WORLDS, World  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "integrity.jsonl"
 FOLDER = ROOT / "runs" / "gym"
-REDUCED_COLD_START_STEPS = 150
+REDUCED_COLD_START_STEPS, REDUCED_STEPS = 150, 40
 # seeds: thresholds are taken from CALIBRATION and never from EVALUATED; below 20 is for trying things out
 EVALUATED, CALIBRATION = range(20, 32), range(100, 104)
+GUARD = "guard"
+COMPARED, NUM_COMPARED = ("g0", "g1", "g5", "g6"), 4  # worlds and seeds in which the other mitigations are compared
 
 
 def all_runs(seeds: Sequence[int] | None = None, *, reduced: bool = False) -> list[Run]:
     """Seed by seed, so that an interrupted scoreboard has as many seeds of every arm as possible."""
     if reduced:
-        return [Run(WORLDS["g5"], arm, 0, steps=30) for arm in (HACK, TWIN)]
-    seeds = seeds or [s for pair in zip(EVALUATED, [*CALIBRATION, *[None] * len(EVALUATED)], strict=False) for s in pair if s is not None]
-    return [Run(world, arm, seed, guard=guard) for seed in seeds for world in WORLDS.values() for arm, guard in arms_of(world, seed)]
+        return [Run(WORLDS["g5"], arm, 0, steps=REDUCED_STEPS, mitigation=how) for arm, how in ((HACK, ""), (TWIN, ""), (HACK, GUARD))]
+    chosen = seeds or [s for pair in zip(EVALUATED, [*CALIBRATION, *[None] * len(EVALUATED)], strict=False) for s in pair if s is not None]
+    main = [Run(world, arm, seed, mitigation=how) for seed in chosen for world in WORLDS.values() for arm, how in arms_of(world, seed)]
+    compared = [
+        Run(WORLDS[world], CLEAN if world == "g0" else HACK, seed, mitigation=how)
+        for seed in (seeds or EVALUATED[:NUM_COMPARED])
+        for world in COMPARED
+        for how in MITIGATIONS
+        if how != GUARD
+    ]
+    return main + compared
 
 
-def arms_of(world: World, seed: int) -> list[tuple[str, bool]]:
-    """(arm, guarded). Thresholds are taken from runs without a hack, and a guard has nothing to act on in a twin."""
+def arms_of(world: World, seed: int) -> list[tuple[str, str]]:
+    """(arm, mitigation). Thresholds are taken from runs without a hack, and a guard has nothing to act on in a twin."""
     if seed in CALIBRATION:
-        return [(arm, False) for arm in world.arms if arm in (CLEAN, TWIN, SHARP)]
-    return [*((arm, False) for arm in world.arms), *((arm, True) for arm in (CLEAN, HACK) if arm in world.arms)]
+        return [(arm, "") for arm in world.arms if arm in (CLEAN, TWIN, SHARP)]
+    return [*((arm, "") for arm in world.arms), *((arm, GUARD) for arm in (CLEAN, HACK) if arm in world.arms)]
 
 
 def key(run: Run) -> tuple:

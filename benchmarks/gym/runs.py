@@ -22,7 +22,14 @@ from benchmarks.gym.measure import measured
 from benchmarks.gym.worlds import Setting, World
 
 AUDIT_EVERY, STEPS = 10, 80
-GUARDED = "+guard"
+# what may be done about a hack, by name: the ordinary settings of a run
+MITIGATIONS: dict[str, tuple[str, ...]] = {
+    "guard": ("integrity=guard",),
+    "par": ("reward.shaping=par",),
+    "length": ("reward.length_debias=0.1",),
+    "kl": ("algorithm.kl_target_nats=0.05", "algorithm.kl_horizon=64"),
+    "chi2": ("algorithm.chi2_coef=0.1",),
+}
 COLD_START_STEPS = 600
 COMMON = (
     "task=arith",
@@ -42,18 +49,18 @@ LEARNING_RATE = 5.0e-4
 
 @dataclass(frozen=True)
 class Run:
-    """``guard``: alarms have consequences (integrity=guard)."""
+    """``mitigation``: one of MITIGATIONS, or none."""
 
     world: World
     arm: str
     seed: int
     steps: int = STEPS
-    guard: bool = False
+    mitigation: str = ""
 
     @property
     def title(self) -> str:
         """The arm, as results call it."""
-        return f"{self.arm}{GUARDED}" if self.guard else self.arm
+        return f"{self.arm}+{self.mitigation}" if self.mitigation else self.arm
 
     @property
     def name(self) -> str:
@@ -81,11 +88,12 @@ def overrides_of(run: Run, folder: Path, start: Path) -> list[str]:
         "trainer.checkpoint_every=0",
         "trainer.save_hf=false",
         "algorithm.kl_coef=0.02",  # without any the policy drifts out of its language where rewards are mostly luck
-        f"integrity={'guard' if run.guard else 'monitor'}",
+        "integrity=monitor",
         "integrity.oracle=benchmarks.gym.current:gold",
         f"integrity.audit_every={AUDIT_EVERY}",
         *([] if world.two_agents else ["integrity.renewal=benchmarks.gym.current:renewed"]),
         *world.overrides,
+        *MITIGATIONS.get(run.mitigation, ()),
     ]
 
 

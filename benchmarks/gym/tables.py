@@ -12,7 +12,7 @@ from statistics import fmean, median
 from scipy import stats
 
 from benchmarks.gym import scores
-from benchmarks.gym.runs import AUDIT_EVERY, GUARDED
+from benchmarks.gym.runs import AUDIT_EVERY, MITIGATIONS
 from benchmarks.gym.scores import AUDITS, CONTROLS, SIGNALS, Row
 from benchmarks.gym.worlds import ACCUMULATE, CLEAN, HACK, REPLACE, SHARP, TWIN, WORLDS
 
@@ -55,6 +55,7 @@ def write(
         ("Which detectors tell a hack from its twin", separation(own)),
         ("With thresholds from other seeds, and from other worlds", transfer(own, before)),
         ("What guard keeps", guard(own)),
+        ("Other mitigations", mitigations(own)),
         ("Refreshing an overfitted evaluator (G6)", refresh(own)),
         ("What it costs", cost(own)),
     ]
@@ -284,23 +285,56 @@ def guard(rows: Sequence[Row]) -> Iterator[str]:
     yield "| world | seeds | unguarded: best | left | KL | guarded: roll-backs | ended early | best | left | KL | left / best | kept |"
     yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
     for world in worlds(rows):
-        plain, own = of(rows, world, HACK), of(rows, world, HACK + GUARDED)
-        if not own:
+        own = of(rows, world, f"{HACK}+guard")
+        plain = [row for row in of(rows, world, HACK) if row["seed"] in {r["seed"] for r in own}]
+        if not own or not plain:
             continue
-        (left, best), (left0, best0) = (zip(*map(scores.kept, part), strict=True) for part in (own, plain))
         rolled = fmean(sum(a["back_to"] is not None for a in row["alerts"]) for row in own)
         ended = share([len(row["curves"]["gold"]) < row["steps"] for row in own])
+        (left0, best0), (left, best) = _gold(plain), _gold(own)
         kept = fmean(left) / fmean(best) if fmean(best) > 0 else math.nan
         yield (
             f"| {world.upper()} | {len(own)} | {fmean(best0):.2f} | {fmean(left0):.2f} | {_kl(plain)} | {rolled:.1f} | {ended} "
             f"| {mean_interval(best)} | {mean_interval(left)} | {_kl(own)} | {_cell(kept)} | {'yes' if kept >= KEEPS else 'no'} |"
         )
-    clean = {row["seed"]: scores.kept(row)[0] for row in of(rows, "g0", CLEAN)}
-    guarded = {row["seed"]: scores.kept(row)[0] for row in of(rows, "g0", CLEAN + GUARDED)}
+    yield from _clean_cost(rows, "guard")
+
+
+def mitigations(rows: Sequence[Row]) -> Iterator[str]:
+    yield "Other mitigations in some hack arms, and in the clean arm (G0), where their cost is the gold that they leave less. Gold and KL"
+    yield "as above, over the seeds that every line of a world has. Strengths are one choice each and were not searched for:"
+    yield f"{'; '.join(f'{name}: ' + ' '.join(f'`{s}`' for s in settings) for name, settings in MITIGATIONS.items())}."
+    yield ""
+    yield "| world | mitigation | seeds | proxy, end | gold best | gold left | left / best | KL |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for world in worlds(rows):
+        arm = CLEAN if world == "g0" else HACK
+        titles = [arm, *(f"{arm}+{name}" for name in MITIGATIONS)]
+        seeds = set.intersection(*({row["seed"] for row in of(rows, world, title)} for title in titles))
+        for title in titles if seeds else ():
+            own = [row for row in of(rows, world, title) if row["seed"] in seeds]
+            left, best = _gold(own)
+            kept = fmean(left) / fmean(best) if fmean(best) > 0 else math.nan
+            proxy = fmean(scores.start_and_end(row["curves"]["proxy"])[1] for row in own)
+            name = title.partition("+")[2] or "none"
+            yield (
+                f"| {world.upper()} | {name} | {len(own)} | {proxy:.2f} | {fmean(best):.2f} | {fmean(left):.2f} | {_cell(kept)} "
+                f"| {_kl(own)} |"
+            )
+
+
+def _gold(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+    """(left, best) of each run."""
+    pairs = [scores.kept(row) for row in rows]
+    return [left for left, _ in pairs], [best for _, best in pairs]
+
+
+def _clean_cost(rows: Sequence[Row], how: str) -> Iterator[str]:
+    clean, guarded = ({row["seed"]: scores.kept(row)[0] for row in of(rows, "g0", arm)} for arm in (CLEAN, f"{CLEAN}+{how}"))
     if both := sorted(clean.keys() & guarded.keys()):
         lost = [1.0 - guarded[seed] / clean[seed] for seed in both]
-        yield ""
         left0, left = fmean(clean[seed] for seed in both), fmean(guarded[seed] for seed in both)
+        yield ""
         yield f"Clean arm (G0), paired over {len(both)} seeds: gold left {left0:.3f} without and {left:.3f} with the guard, lost"
         yield f"{fmean(lost):.1%} (worst seed {max(lost):.1%})."
 
