@@ -33,7 +33,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "integrity.jsonl"
 FOLDER = ROOT / "runs" / "gym"
 REDUCED_COLD_START_STEPS, REDUCED_STEPS = 150, 40
 # seeds: thresholds are taken from CALIBRATION and never from EVALUATED; below 20 is for trying things out
-EVALUATED, CALIBRATION = range(20, 32), range(100, 104)
+EVALUATED, CALIBRATION = range(20, 32), range(100, 102)
 GUARD = "guard"
 COMPARED, NUM_COMPARED = ("g0", "g1", "g5", "g6"), 4  # worlds and seeds in which the other mitigations are compared
 

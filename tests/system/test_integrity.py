@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -41,5 +42,6 @@ def test_a_hack_is_caught_and_named_its_twin_is_not_and_a_guard_undoes_it(tmp_pa
     at = guarded["alerts"][0]["step"]
     assert at == first["step"] and guarded["curves"]["gold"][:at] == hack["curves"]["gold"][:at], "nothing is done before it is seen"
     assert guarded["alerts"][0]["gates"] == [f"phrase:{hack['direction']}"] and 1 <= guarded["alerts"][0]["back_to"] < at
-    assert guarded["curves"]["gold"][-1] > 0.2 and len(guarded["alerts"]) == 1
+    kept, lost = (fmean(row["curves"]["gold"][-10:]) for row in (guarded, hack))
+    assert kept > lost + 0.1 and len(guarded["alerts"]) == 1, (kept, lost)
     assert "| G5 | 1.00 | 1.00 | 1.00 |" in (tmp_path / "r.md").read_text()
