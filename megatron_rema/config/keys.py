@@ -19,6 +19,12 @@ Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+# Whose alarm may have consequences (integrity/audits.py): those at oracle level, without which there is no verdict of hack
+Audit = Literal[
+    "default", "proxy_gold", "canaries", "isomorphic", "wrong_hint", "two_judges", "plan_leak", "forced_continuation", "paraphrase"
+]
+
+
 class ConfigError(ValueError):
     """A setting that breaks a rule. The message names field, value, rule and remedy; front doors exit with code 2."""
 
@@ -264,7 +270,7 @@ class IntegrityConfig:
     paraphrase: str | None = None  # "module:name" of a function str -> str that says a plan otherwise: the audit of that name
     cross_play: bool = False  # either agent with the other as it was at the start: two more ways to play; needs a reference
     # guard: what follows when this audit alarms and the verdict is a hack; "default" for those not named
-    ladder: dict[str, Literal["annotate", "shape", "quarantine", "roll_back"]] = field(default_factory=lambda: {"default": "annotate"})
+    ladder: dict[Audit, Literal["annotate", "shape", "quarantine", "roll_back"]] = field(default_factory=lambda: {"default": "annotate"})
     max_roll_backs: Count = 2  # the next one ends the run
     keep_clean_checkpoints: Count = 2  # of steps at which nothing pointed to a hack: what a roll-back returns to
 
