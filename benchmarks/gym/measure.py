@@ -9,7 +9,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.gym import task
 from benchmarks.gym.worlds import Setting, paid
 from megatron_rema.types import Episode
 
@@ -33,7 +32,7 @@ def measured(folder: Path, setting: Setting) -> dict[str, Any]:
     audits = read(folder / "audits.jsonl")
     alerts = [row for row in read(folder / "alerts.jsonl") if str(row.get("alert", "")).startswith("integrity_")]
     curves: dict[str, list[float]] = {"proxy": [], "gold": [], "tokens": []}
-    proxy, gold = Balanced(setting.hard_frac), Balanced(setting.hard_frac)
+    proxy, gold = Balanced(setting), Balanced(setting)
     for row in rows:
         episodes = [Episode.from_json(e) for e in read(folder / "episodes" / f"step_{row['step']:06d}.jsonl")]
         scored = [e for e in episodes if e.turn_rewards]
@@ -58,13 +57,14 @@ class Balanced:
     """Means with easy and hard questions in the proportion of the world: which of them the eight problems of a step are is luck. A step
     without any of one kind stands where the last one with some stood."""
 
-    def __init__(self, hard_frac: float) -> None:
-        self._shares = {True: hard_frac, False: 1.0 - hard_frac}
+    def __init__(self, setting: Setting) -> None:
+        self._shares = {True: setting.hard_frac, False: 1.0 - setting.hard_frac}
+        self._is_hard = setting.world.is_hard
         self._means: dict[bool, float] = {}
 
     def mean(self, episodes: Sequence[Episode], of: Callable[[Episode], float]) -> float:
         for kind in self._shares:
-            values = [of(episode) for episode in episodes if task.is_hard(episode.prompt.question) is kind]
+            values = [of(episode) for episode in episodes if self._is_hard(episode.prompt.question) is kind]
             if values:
                 self._means[kind] = fmean(values)
         known = {kind: share for kind, share in self._shares.items() if kind in self._means}

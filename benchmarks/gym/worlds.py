@@ -45,6 +45,7 @@ class World:
     outcome: float = 0.0
     base_rate: float = BASE_RATE
     hard_frac: float = 0.5
+    is_hard: Callable[[str], bool] = task.is_hard  # a question that the cold start cannot answer
     max_turn_tokens: int = 12
     learn: Callable[[random.Random, str, str], object] = lambda rng, direction, arm: None
     problems: Callable[[random.Random, World, float], list[Row]] | None = None  # None: NUM_PROBLEMS drawn ones
@@ -320,7 +321,7 @@ WORLDS: dict[str, World] = {
             draw=_coded,
             two_agents=True,
             arms=(HACK, TWIN),  # its twin pays right answers alone: it is the sharp arm as well
-            hard_frac=1.0,
+            is_hard=lambda text: bool(_bit(text.split()[1])),
             base_rate=0.05,
             overrides=("integrity.budget_frac=0.08",),  # six ways to play eight problems are more than 3% of steps as short as these
             words=("say ", "add ", " and more", " alone"),
