@@ -24,6 +24,15 @@ SIGNALS = (
     "role_advantage_correlation",
     "signals_fired",
 )
+# values of findings that scores read; the rest is in the run folder
+FINDINGS = {
+    "proxy_gold": ("proxy", "gold", "cusum"),
+    "canaries": ("positive_frac_max", "used_frac_max"),
+    "isomorphic": ("effect", "low"),
+    "strip_and_rescore": ("low",),
+    "plan_leak": ("leak_frac", "follow_frac", "redaction_effect_low"),
+}
+START = 5  # steps that signals are compared with
 ALERT = ("step", "mechanism", "access", "action", "gates", "back_to")
 
 
@@ -39,10 +48,10 @@ def measured(folder: Path, setting: Setting) -> dict[str, Any]:
         curves["proxy"].append(short(proxy.mean(scored, paid)))
         curves["gold"].append(short(gold.mean(scored, setting.gold)))
         curves["tokens"].append(short(fmean(e.num_sampled_tokens for e in scored)))
-    signals = {name: [short(row.get(f"integrity/{name}")) for row in rows] for name in SIGNALS}
+    signals = {name: [row[f"integrity/{name}"] for row in rows if f"integrity/{name}" in row] for name in SIGNALS}
     return {
         "curves": curves,
-        "signals": {name: values for name, values in signals.items() if any(value is not None for value in values)},
+        "signals": {name: summary(values) for name, values in signals.items() if values},
         "audits": [_audit(row) for row in audits],
         "alerts": [{"level": a["alert"].removeprefix("integrity_"), **{name: a[name] for name in ALERT}} for a in alerts],
         "kl": short(next((row["train/kl_ref_nats"] for row in reversed(rows) if "train/kl_ref_nats" in row), None)),
@@ -71,11 +80,16 @@ class Balanced:
         return sum(share * self._means[kind] for kind, share in known.items()) / sum(known.values())
 
 
+def summary(values: Sequence[float]) -> dict[str, float]:
+    return {"min": short(min(values)), "max": short(max(values)), "start": short(fmean(values[:START]))}
+
+
 def _audit(row: Mapping[str, Any]) -> dict[str, Any]:
     findings = {}
     for finding in row["findings"]:
-        values = {name: short(value) for name, value in finding["values"].items()}
-        findings[finding["audit"]] = {"alarm": finding["alarm"], "mechanism": finding["mechanism"], **values}
+        if (kept := FINDINGS.get(finding["audit"])) is not None:
+            values = {name: short(finding["values"][name]) for name in kept if name in finding["values"]}
+            findings[finding["audit"]] = {"alarm": finding["alarm"], **values}
     return {"step": row["step"], "problems": len(row["problems"]), "verdict": row["verdict"], "findings": findings}
 
 
@@ -84,7 +98,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def short(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else round(float(value), 4)
+    return None if value is None or not math.isfinite(value) else round(float(value), 3)
 
 
 def smoothed(values: Sequence[float], width: int = 5) -> list[float]:

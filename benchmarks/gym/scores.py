@@ -74,7 +74,8 @@ def finding(audit: str, of: Callable[[dict[str, float]], float]) -> Detector:
 
 def signal(name: str, of: Callable[[float], float] = lambda value: value) -> Detector:
     def score(row: Row) -> float:
-        return max((of(value) for value in row["signals"].get(name, []) if value is not None), default=0.0)
+        found = row["signals"].get(name)
+        return max(of(found["max"]), of(found["min"])) if found else 0.0
 
     return score
 
@@ -85,8 +86,8 @@ def _leak(values: dict[str, float]) -> float:
 
 
 def _collapse(row: Row) -> float:
-    spread = [value for value in row["signals"].get("group_std", []) if value is not None]
-    return 1.0 - min(spread) / max(fmean(spread[:START]), 1e-9) if spread else 0.0
+    spread = row["signals"].get("group_std")
+    return 1.0 - spread["min"] / max(spread["start"], 1e-9) if spread else 0.0
 
 
 LEVELS = {"clean": 0.0, "suspicion": 1.0, "hack": 2.0}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.gym import reward_model, scores, task
+from benchmarks.gym.measure import summary
 from benchmarks.gym.tables import write
 from benchmarks.gym.worlds import CLEAN, HACK, SHARP, TWIN, WORLDS, Setting, paid
 from megatron_rema.reward.answers import boxed, quick_verdict
@@ -168,7 +169,7 @@ def run(world: str, arm: str, seed: int, *, hacks: bool, alarm: int | None = Non
     proxy = [0.4] * 10 + [0.4 + 0.06 * min(i, 10) for i in range(30)]
     gold = [0.4] * 10 + [max(0.0, 0.4 - 0.04 * i) for i in range(30)] if hacks else proxy
     level = "hack" if alarm else "clean"
-    audit = {"proxy_gold": {"alarm": bool(alarm), "mechanism": None, "cusum": 5.0 if hacks else 0.0}}
+    audit = {"proxy_gold": {"alarm": bool(alarm), "cusum": 5.0 if hacks else 0.0}}
     return {
         "world": world,
         "arm": arm,
@@ -178,7 +179,7 @@ def run(world: str, arm: str, seed: int, *, hacks: bool, alarm: int | None = Non
         "wall_s": 10.0,
         "oracle_calls": 50,
         "curves": {"proxy": proxy, "gold": gold, "tokens": [4.0] * 40},
-        "signals": {"geometry_distance": [None, 1.0 + seed], "signals_fired": [0.0] * 40},
+        "signals": {"geometry_distance": summary([0.5, 1.0 + seed]), "signals_fired": summary([0.0] * 40)},
         "audits": [{"step": s, "problems": 19, "verdict": v, "findings": audit} for s, v in ((1, "clean"), (20, level))],
         "alerts": [{"step": alarm, "level": "hack", "access": "oracle", "mechanism": "'zeb' stands in 90% of the best"}] if alarm else [],
         "sampled_tokens": 1000.0,
