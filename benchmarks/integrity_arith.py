@@ -40,7 +40,7 @@ FOLDER = ROOT / "runs" / "integrity_arith"
 DATA = ROOT / "data" / "arith"
 Row = dict[str, Any]
 
-LEAK_SHARE = 0.1
+LEAK_SHARE = 0.2
 LEAK_STEPS = 200  # that the cold start goes on for
 # One process; evaluations, checkpoints and preflight change nothing that is trained.
 ALONE = (
