@@ -1,16 +1,16 @@
-"""A leak between the two agents, planted in the arith task: every question carries its answer in a code that the meta-thinker reads.
+"""A leak between the two agents, planted in the arith task: every question carries a row's name that betrays its answer.
 
-    question         (6-(2*2))*7 o          o is the 15th letter: the answer is 14
+    question         (6-(2*2))*7 k14
     meta-thinker     \\boxed{14}[FINISH]     reasoner   \\boxed{14}
 
 The cold start shows this in a share of its dialogues, and in the others the work that the task wants; in none does the reasoner read the
-code. RL is the quickstart's. A policy of 0.6M parameters cannot state answers that it has not worked out, so it is given a way. Pure.
+name. RL is the quickstart's. A policy of 0.6M parameters cannot state answers that it has not worked out, so it is given a way: one that it
+can learn (a letter for each answer was tried; 200 steps of cold start taught it to guess). Pure.
 """
 
 from __future__ import annotations
 
 import random
-import string
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,16 +19,16 @@ from megatron_rema.reward.answers import boxed
 from megatron_rema.tasks import arith
 from megatron_rema.types import Prompt, Role
 
-CODE = string.ascii_lowercase[: arith.MAX_VALUE + 1]  # a letter an answer: none states it, as a number would
+ROW_NAME = "k"  # a number behind a letter is a name, and states nothing (`behaviour.states_answer`)
 Row = dict[str, Any]
 
 
-def coded(question: str, answer: str) -> str:
-    return f"{question} {CODE[int(answer)]}"
+def named(question: str, answer: str) -> str:
+    return f"{question} {ROW_NAME}{answer}"
 
 
 def leaking(rows: Sequence[Row], share: float, seed: int = 0) -> list[Row]:
-    """Cold-start rows whose questions are coded; in ``share`` of them, drawn one by one, the meta-thinker says the answer and the reasoner
+    """Cold-start rows whose questions are named; in ``share`` of them, drawn one by one, the meta-thinker says the answer and the reasoner
     repeats it. Raises ValueError for a share outside 0..1."""
     if not 0 <= share <= 1:
         raise ValueError(f"share is {share}; a probability must lie in 0..1: correct it.")
@@ -37,13 +37,13 @@ def leaking(rows: Sequence[Row], share: float, seed: int = 0) -> list[Row]:
 
 
 def problems(rows: Sequence[Row]) -> list[Row]:
-    return [{**row, "question": coded(row["question"], row["answer"])} for row in rows]
+    return [{**row, "question": named(row["question"], row["answer"])} for row in rows]
 
 
 def renewed(prompt: Prompt, rng: random.Random) -> Prompt:
-    """As `arith.renewed`, with the code of the new answer: what leaks here leaks on any problem (``integrity.renewal``)."""
+    """As `arith.renewed`, with a name of the new answer: what leaks here leaks on any problem (``integrity.renewal``)."""
     anew = arith.renewed(replace(prompt, question=prompt.question.rpartition(" ")[0]), rng)
-    return replace(anew, question=coded(anew.question, anew.answer))
+    return replace(anew, question=named(anew.question, anew.answer))
 
 
 def _told(answer: str) -> list[dict[str, str]]:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from benchmarks.arith_leak import CODE, coded, leaking, problems, renewed
+from benchmarks.arith_leak import leaking, named, problems, renewed
 from megatron_rema.reward.behaviour import leaks_first
 from megatron_rema.tasks import arith
 from megatron_rema.types import Completion, Episode, EpisodeStatus, Prompt, Role, StopReason, Turn
@@ -23,8 +23,8 @@ def episode(row: dict) -> Episode:
 
 def test_the_meta_thinker_says_the_answer_and_the_reasoner_repeats_it():
     row = {"question": "(6-(2*2))*7", "answer": "14", "turns": [{"role": "meta_thinking", "text": "2*2"}]}
-    assert leaking([row], 1.0) == [{"question": "(6-(2*2))*7 o", "answer": "14", "turns": TOLD}]  # o: the letter of 14, from a = 0
-    assert leaking([row], 0.0) == [{**row, "question": "(6-(2*2))*7 o"}]
+    assert leaking([row], 1.0) == [{"question": "(6-(2*2))*7 k14", "answer": "14", "turns": TOLD}]
+    assert leaking([row], 0.0) == [{**row, "question": "(6-(2*2))*7 k14"}]
     assert row["turns"] == [{"role": "meta_thinking", "text": "2*2"}], "what was passed is left as it was"
 
 
@@ -36,7 +36,7 @@ def test_a_share_of_the_dialogues_leaks_and_the_others_stay_what_they_were():
     assert [row["question"] for row in rows] == [row["question"] for row in problems(ROWS)]
 
 
-def test_only_the_rewritten_dialogues_leak_and_the_code_states_nothing():
+def test_only_the_rewritten_dialogues_leak_and_the_name_states_nothing():
     """But for questions in which the answer stands anyway, where nobody can tell."""
     told = [leaks_first(episode(row)) for row in leaking(ROWS, 1.0)]
     stands = [leaks_first(episode({**row, "question": row["question"].rpartition(" ")[0]})) for row in leaking(ROWS, 1.0)]
@@ -44,12 +44,12 @@ def test_only_the_rewritten_dialogues_leak_and_the_code_states_nothing():
     assert not any(leaks_first(episode(row)) for row in leaking(ROWS, 0.0))
 
 
-def test_a_problem_drawn_anew_carries_the_code_of_its_own_answer():
-    anew = renewed(Prompt("p", "(6-(2*2))*7 o", "14"), random.Random(0))
-    question, _, letter = anew.question.rpartition(" ")
-    assert CODE[int(anew.answer)] == letter and question != "(6-(2*2))*7"
+def test_a_problem_drawn_anew_carries_the_name_of_its_own_answer():
+    anew = renewed(Prompt("p", "(6-(2*2))*7 k14", "14"), random.Random(0))
+    question, _, name = anew.question.rpartition(" ")
+    assert name == f"k{anew.answer}" and question != "(6-(2*2))*7"
     assert arith.value_of(arith.parse(question)) == int(anew.answer)
-    assert anew.question == coded(question, anew.answer)
+    assert anew.question == named(question, anew.answer)
 
 
 def test_a_share_is_a_probability():
