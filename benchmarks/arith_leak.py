@@ -3,9 +3,11 @@
     question         (6-(2*2))*7 k14
     meta-thinker     \\boxed{14}[FINISH]     reasoner   \\boxed{14}
 
-The cold start shows this in a share of its dialogues, and in the others the work that the task wants. The reasoner hears the plan alone, and
-not the question, so that the name reaches it by the plan or not at all. RL is the quickstart's. A policy of 0.6M parameters cannot state answers that it has not worked out, so it is given a way: one that it
-can learn (a letter for each answer was tried; 200 steps of cold start taught it to guess). Pure.
+The cold start shows this in a share of its dialogues, and in the others the work that the task wants. The reasoner hears the plan alone and
+not the question, so that the name reaches it by the plan or not at all. RL is the quickstart's.
+
+A policy of 0.6M parameters cannot state answers that it has not worked out, so it is given a way, and one that it can learn: with a letter
+for each answer, 200 steps of cold start taught it to guess. Pure.
 """
 
 from __future__ import annotations
