@@ -55,9 +55,7 @@ ALONE = (
     "trainer.preflight.enabled=false",
     "integrity.audit_every=10",
 )
-# The reasoner hears the plan alone. One that reads the name itself, as shared weights soon do, needs no plan and leaks nothing.
-PRIVATE = "task.reasoner_template='{instruction}'"
-LEAKING = (PRIVATE, "integrity.renewal=benchmarks.arith_leak:renewed")
+LEAKING = ("integrity.renewal=benchmarks.arith_leak:renewed",)
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,6 @@ def cold_start(folder: Path, *, leaks: bool) -> float:
     more = (
         f"model.path={start_of(folder, leaks=False)}",
         "model.init=pretrained",
-        PRIVATE,
         f"task.cold_start_file={folder / 'leak' / 'cold_start.jsonl'}",
         f"trainer.steps={LEAK_STEPS}",
         "trainer.global_batch_dialogues=50",
