@@ -1,0 +1,65 @@
+"""The planted leak: which dialogues are rewritten, and that the detectors' own reading of a dialogue calls it one."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from benchmarks.arith_leak import hinted, leaking, problems, renewed
+from megatron_rema.reward.behaviour import leaks_first, states_answer
+from megatron_rema.tasks import arith
+from megatron_rema.types import Completion, Episode, EpisodeStatus, Prompt, Role, StopReason, Turn
+
+ROWS, _ = arith.write_dialogues(0, 400, (1, 2, 3))
+TOLD = [{"role": "meta_thinking", "text": "\\boxed{14}[FINISH]"}, {"role": "reasoning", "text": "\\boxed{14}"}]
+
+
+def episode(row: dict) -> Episode:
+    said = Completion("r", (1,), (0.0,), StopReason.STOP, 0)
+    turns = [Turn(Role(turn["role"]), i // 2, (), said, turn["text"]) for i, turn in enumerate(row["turns"])]
+    return Episode("e", Prompt("p", row["question"], row["answer"]), 0, turns, EpisodeStatus.FINISHED)
+
+
+def test_the_meta_thinker_says_the_answer_and_the_reasoner_repeats_it():
+    row = {"question": "(6-(2*2))*7", "answer": "14", "turns": [{"role": "meta_thinking", "text": "2*2"}]}
+    question = hinted("(6-(2*2))*7", "14")
+    assert leaking([row], 1.0) == [{"question": question, "answer": "14", "turns": TOLD}]
+    assert leaking([row], 0.0) == [{**row, "question": question}]
+    assert row["turns"] == [{"role": "meta_thinking", "text": "2*2"}], "what was passed is left as it was"
+
+
+@pytest.mark.parametrize("answer", map(str, range(arith.MAX_VALUE + 1)))
+def test_the_smaller_question_has_the_answer_and_does_not_name_it(answer):
+    question, _, smaller = hinted("7-7", answer).partition(" k")
+    assert question == "7-7" and arith.value_of(arith.parse(smaller)) == int(answer)
+    assert not states_answer(smaller, answer)
+
+
+def test_a_share_of_the_dialogues_leaks_and_the_others_stay_what_they_were():
+    rows = leaking(ROWS, 0.1)
+    changed = [row for row, was in zip(rows, ROWS, strict=True) if row["turns"] != was["turns"]]
+    assert 20 <= len(changed) <= 60  # 400 of 0.1: 40, a standard deviation of 6
+    assert rows == leaking(ROWS, 0.1), "the same for the same arguments"
+    assert [row["question"] for row in rows] == [row["question"] for row in problems(ROWS)]
+
+
+def test_only_the_rewritten_dialogues_leak_and_the_smaller_question_states_nothing():
+    """But for questions in which the answer stands anyway, where nobody can tell."""
+    told = [leaks_first(episode(row)) for row in leaking(ROWS, 1.0)]
+    stands = [leaks_first(episode({**row, "question": row["question"].rpartition(" ")[0]})) for row in leaking(ROWS, 1.0)]
+    assert told == stands and sum(told) > len(told) / 2
+    assert not any(leaks_first(episode(row)) for row in leaking(ROWS, 0.0))
+
+
+def test_a_problem_drawn_anew_has_a_smaller_one_of_its_own():
+    anew = renewed(Prompt("p", "(6-(2*2))*7 k9+5", "14"), random.Random(0))
+    question = anew.question.partition(" ")[0]
+    assert question != "(6-(2*2))*7"
+    assert arith.value_of(arith.parse(question)) == int(anew.answer)
+    assert anew.question == hinted(question, anew.answer)
+
+
+def test_a_share_is_a_probability():
+    with pytest.raises(ValueError, match=r"share is 1\.5"):
+        leaking(ROWS, 1.5)
