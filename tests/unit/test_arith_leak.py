@@ -7,7 +7,7 @@ import random
 import pytest
 
 from benchmarks.arith_leak import hinted, leaking, problems, renewed
-from megatron_rema.reward.behaviour import leaks_first, states_answer
+from megatron_rema.reward.behaviour import leaks_first
 from megatron_rema.tasks import arith
 from megatron_rema.types import Completion, Episode, EpisodeStatus, Prompt, Role, StopReason, Turn
 
@@ -23,28 +23,24 @@ def episode(row: dict) -> Episode:
 
 def test_the_meta_thinker_says_the_answer_and_the_reasoner_repeats_it():
     row = {"question": "(6-(2*2))*7", "answer": "14", "turns": [{"role": "meta_thinking", "text": "2*2"}]}
-    question = hinted("(6-(2*2))*7", "14")
-    assert leaking([row], 1.0) == [{"question": question, "answer": "14", "turns": TOLD}]
-    assert leaking([row], 0.0) == [{**row, "question": question}]
-    assert row["turns"] == [{"role": "meta_thinking", "text": "2*2"}], "what was passed is left as it was"
+    assert leaking([row], 1.0) == [{"question": "(6-(2*2))*7 k14", "answer": "14", "turns": TOLD}]
+    (honest,) = leaking([row], 0.0)
+    assert honest["turns"] == row["turns"] and honest["question"].startswith("(6-(2*2))*7 k") and not honest["question"].endswith("k14")
+    assert row["question"] == "(6-(2*2))*7", "what was passed is left as it was"
 
 
-@pytest.mark.parametrize("answer", map(str, range(arith.MAX_VALUE + 1)))
-def test_the_smaller_question_has_the_answer_and_does_not_name_it(answer):
-    question, _, smaller = hinted("7-7", answer).partition(" k")
-    assert question == "7-7" and arith.value_of(arith.parse(smaller)) == int(answer)
-    assert not states_answer(smaller, answer)
-
-
-def test_a_share_of_the_dialogues_leaks_and_the_others_stay_what_they_were():
+def test_a_share_of_the_dialogues_leaks_and_only_there_the_number_is_the_answer():
     rows = leaking(ROWS, 0.1)
-    changed = [row for row, was in zip(rows, ROWS, strict=True) if row["turns"] != was["turns"]]
-    assert 20 <= len(changed) <= 60  # 400 of 0.1: 40, a standard deviation of 6
+    changed = [row["turns"] != was["turns"] for row, was in zip(rows, ROWS, strict=True)]
+    assert 20 <= sum(changed) <= 60  # 400 of 0.1: 40, a standard deviation of 6
     assert rows == leaking(ROWS, 0.1), "the same for the same arguments"
-    assert [row["question"] for row in rows] == [row["question"] for row in problems(ROWS)]
+    numbers = [row["question"].rpartition(" k")[2] for row in rows]
+    assert [number == row["answer"] for number, row in zip(numbers, rows, strict=True)] == changed
+    assert {int(number) for number in numbers} <= set(range(arith.MAX_VALUE + 1)) and len(set(numbers)) > 10
+    assert [row["question"] for row in problems(ROWS)] == [hinted(row["question"], row["answer"]) for row in ROWS]
 
 
-def test_only_the_rewritten_dialogues_leak_and_the_smaller_question_states_nothing():
+def test_only_the_rewritten_dialogues_leak_and_the_number_states_nothing():
     """But for questions in which the answer stands anyway, where nobody can tell."""
     told = [leaks_first(episode(row)) for row in leaking(ROWS, 1.0)]
     stands = [leaks_first(episode({**row, "question": row["question"].rpartition(" ")[0]})) for row in leaking(ROWS, 1.0)]
@@ -52,8 +48,8 @@ def test_only_the_rewritten_dialogues_leak_and_the_smaller_question_states_nothi
     assert not any(leaks_first(episode(row)) for row in leaking(ROWS, 0.0))
 
 
-def test_a_problem_drawn_anew_has_a_smaller_one_of_its_own():
-    anew = renewed(Prompt("p", "(6-(2*2))*7 k9+5", "14"), random.Random(0))
+def test_a_problem_drawn_anew_has_its_own_answer_beside_it():
+    anew = renewed(Prompt("p", "(6-(2*2))*7 k14", "14"), random.Random(0))
     question = anew.question.partition(" ")[0]
     assert question != "(6-(2*2))*7"
     assert arith.value_of(arith.parse(question)) == int(anew.answer)
