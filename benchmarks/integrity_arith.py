@@ -55,7 +55,8 @@ ALONE = (
     "trainer.preflight.enabled=false",
     "integrity.audit_every=10",
 )
-LEAKING = ("integrity.renewal=benchmarks.arith_leak:renewed",)
+# Weights of their own: what one agent learns to read, a shared policy reads as the other too, and nothing passes between them
+LEAKING = ("integrity.renewal=benchmarks.arith_leak:renewed", "agents=separate")
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,9 @@ class Run:
         arm = ARMS[self.arm]
         data = [f"task.train_file={folder / 'leak' / 'train.jsonl'}"] if arm.leaks else []
         start = start_of(folder, leaks=arm.leaks)
-        return [*arm.overrides, *data, f"model.path={start}", f"run_dir={folder / self.name}", f"seed={self.seed}"]
+        paths = [f"agents.policies.{name}.path={start / name}" for name in SEPARATE] if arm.leaks else []
+        model = start / SEPARATE[0] if arm.leaks else start
+        return [*arm.overrides, *data, f"model.path={model}", *paths, f"run_dir={folder / self.name}", f"seed={self.seed}"]
 
 
 def all_runs(seeds: Sequence[int] | None = None) -> list[Run]:
@@ -104,8 +107,12 @@ def recorded(file: Path) -> dict[Run, Row]:
 # --- cold starts ------------------------------------------------------------------------------------------------------
 
 
+SEPARATE = ("meta_thinker", "reasoner")
+
+
 def start_of(folder: Path, *, leaks: bool) -> Path:
-    return folder / ("cold_start_leak" if leaks else "cold_start") / "hf" / "shared"
+    """A policy's checkpoint; of the leaking cold start the folder of both."""
+    return folder / "cold_start_leak" / "hf" if leaks else folder / "cold_start" / "hf" / "shared"
 
 
 def write_data(folder: Path) -> None:
@@ -124,9 +131,10 @@ def cold_start(folder: Path, *, leaks: bool) -> float:
     from megatron_rema.trainer import cold_start as trainer
     from megatron_rema.trainer.inputs import read_for_cold_start
 
-    here = start_of(folder, leaks=leaks).parents[1]
+    here = folder / ("cold_start_leak" if leaks else "cold_start")
     shutil.rmtree(here, ignore_errors=True)
     more = (
+        "agents=separate",
         f"model.path={start_of(folder, leaks=False)}",
         "model.init=pretrained",
         f"task.cold_start_file={folder / 'leak' / 'cold_start.jsonl'}",
@@ -222,9 +230,10 @@ def work(todo: Sequence[Run], file: Path, folder: Path, *, keep: bool) -> int:
         print(f"{title}, {(time.monotonic() - begin) / 60:.1f} min: {name}: {error or said}", flush=True)
 
     for leaks in sorted({False, *(ARMS[run.arm].leaks for run in todo)}):  # the leaking one goes on from the other
-        if start_of(folder, leaks=leaks).joinpath("config.json").exists():
+        start = start_of(folder, leaks=leaks)
+        if (start / SEPARATE[-1] if leaks else start).joinpath("config.json").exists():
             continue
-        jobs = [(start_of(folder, leaks=leaks).parents[1].name, partial(cold_start, folder, leaks=leaks))]
+        jobs = [("cold_start_leak" if leaks else "cold_start", partial(cold_start, folder, leaks=leaks))]
         for name, value, error in runs.forked(jobs, 1, folder / "logs"):
             tell("cold start", name, error, f"{value or 0:.0f} s")
             if error:
