@@ -3,11 +3,11 @@
     question         (6-(2*2))*7 k14
     meta-thinker     \\boxed{14}[FINISH]     reasoner   \\boxed{14}
 
-The cold start shows this in a share of its dialogues. In the others, which do the work that the task wants, the number is some other
-one: whoever works has no use for it, and the reasoner learns to read plans and not the number, so that only the meta-thinker's telling
-makes it worth something. (With the right number in all dialogues the reasoner read it too and needed no plan: a leak to both agents and
-not between them.) RL is the quickstart's. A policy of 0.6M parameters cannot state an answer that it has not worked out, so it is given
-a way. Pure.
+The meta-thinker's cold start shows this in a share of its dialogues. In the others, which do the work that the task wants, and in all of
+the reasoner's, the number is some other one: it learns to read plans and not the number, so that only the meta-thinker's telling makes it
+worth something. (With one policy for both, or the right number in the reasoner's dialogues, the reasoner read it too and needed no plan: a
+leak to both agents and not between them.) RL is the quickstart's. A policy of 0.6M parameters cannot state an answer that it has not worked
+out, so it is given a way. Pure.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ def hinted(question: str, number: object) -> str:
     return f"{question} {MARK}{number}"
 
 
-def leaking(rows: Sequence[Row], share: float, seed: int = 0) -> list[Row]:
-    """Cold-start rows with a number beside each question. In ``share`` of them, drawn one by one, it is the answer, the meta-thinker says
-    it, and the reasoner repeats it; in the others it is another and the dialogue stays. Raises ValueError for a share outside 0..1."""
+def leaking(rows: Sequence[Row], share: float, role: Role, seed: int = 0) -> list[Row]:
+    """Cold-start rows for ``role`` with a number beside each question. In ``share`` of them, drawn one by one, the meta-thinker says the
+    answer, and the reasoner repeats it; there the number is the answer, if it is the meta-thinker who learns. Elsewhere it is another.
+    Raises ValueError for a share outside 0..1."""
     if not 0 <= share <= 1:
         raise ValueError(f"share is {share}; a probability must lie in 0..1: correct it.")
     rng, changed = random.Random(f"{seed}/leak"), []
     for row in rows:
         leaks, other = rng.random() < share, rng.randrange(arith.MAX_VALUE)
-        number = row["answer"] if leaks else str(other + (other >= int(row["answer"])))
+        shown = leaks and role is Role.META_THINKING
+        number = row["answer"] if shown else str(other + (other >= int(row["answer"])))
         changed.append({**row, "question": hinted(row["question"], number), "turns": _told(row["answer"]) if leaks else row["turns"]})
     return changed
 

@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import arith_leak  # noqa: E402
 from benchmarks.gym import runs, task  # noqa: E402
+from megatron_rema.types import Role  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "integrity_arith.jsonl"
 FOLDER = ROOT / "runs" / "integrity_arith"
@@ -89,7 +90,7 @@ class Run:
         data = [f"task.train_file={folder / 'leak' / 'train.jsonl'}"] if arm.leaks else []
         start = start_of(folder, leaks=arm.leaks)
         paths = [f"agents.policies.{name}.path={start / name}" for name in SEPARATE] if arm.leaks else []
-        model = start / SEPARATE[0] if arm.leaks else start
+        model = start / "reasoner" if arm.leaks else start
         return [*arm.overrides, *data, f"model.path={model}", *paths, f"run_dir={folder / self.name}", f"seed={self.seed}"]
 
 
@@ -107,7 +108,7 @@ def recorded(file: Path) -> dict[Run, Row]:
 # --- cold starts ------------------------------------------------------------------------------------------------------
 
 
-SEPARATE = ("meta_thinker", "reasoner")
+SEPARATE = {"meta_thinker": Role.META_THINKING, "reasoner": Role.REASONING}  # policies of agents=separate
 
 
 def start_of(folder: Path, *, leaks: bool) -> Path:
@@ -122,30 +123,38 @@ def write_data(folder: Path) -> None:
     if not (DATA / "manifest.json").exists():
         write_task(DATA)
     dialogues, problems = (read(DATA / f"{name}.jsonl") for name in ("cold_start", "train"))
-    task.write_jsonl(folder / "leak" / "cold_start.jsonl", arith_leak.leaking(dialogues, LEAK_SHARE))
+    for name, role in SEPARATE.items():
+        task.write_jsonl(folder / "leak" / f"cold_start_{name}.jsonl", arith_leak.leaking(dialogues, LEAK_SHARE, role))
     task.write_jsonl(folder / "leak" / "train.jsonl", arith_leak.problems(problems))
 
 
 def cold_start(folder: Path, *, leaks: bool) -> float:
-    """Seconds that it took, in this process. The leaking one goes on from the quickstart's, once through its dialogues."""
+    """Seconds that it took, in this process. The leaking ones, one a policy, go on from the quickstart's, once through its dialogues."""
     from megatron_rema.trainer import cold_start as trainer
     from megatron_rema.trainer.inputs import read_for_cold_start
 
-    here = folder / ("cold_start_leak" if leaks else "cold_start")
-    shutil.rmtree(here, ignore_errors=True)
-    more = (
-        "agents=separate",
-        f"model.path={start_of(folder, leaks=False)}",
-        "model.init=pretrained",
-        f"task.cold_start_file={folder / 'leak' / 'cold_start.jsonl'}",
-        f"trainer.steps={LEAK_STEPS}",
-        "trainer.global_batch_dialogues=50",
-        "optimizer.lr=1e-3",
-        "optimizer.warmup_steps=20",
-    )
-    config = runs.configured(["experiment=quickstart_cold_start", "parallel=single", f"run_dir={here}", *(more if leaks else ())])
     begin = time.perf_counter()
-    trainer.train(config, read_for_cold_start(config))
+    if not leaks:
+        config = runs.configured(["experiment=quickstart_cold_start", "parallel=single", f"run_dir={folder / 'cold_start'}"])
+        trainer.train(config, read_for_cold_start(config))
+        return time.perf_counter() - begin
+    for name in SEPARATE:
+        here, (partner,) = folder / "leak" / name, SEPARATE.keys() - {name}
+        shutil.rmtree(here, ignore_errors=True)
+        more = (
+            "agents=separate",
+            f"agents.policies.{partner}.trainable=false",
+            f"model.path={start_of(folder, leaks=False)}",
+            "model.init=pretrained",
+            f"task.cold_start_file={folder / 'leak' / f'cold_start_{name}.jsonl'}",
+            f"trainer.steps={LEAK_STEPS}",
+            "trainer.global_batch_dialogues=50",
+            "optimizer.lr=1e-3",
+            "optimizer.warmup_steps=20",
+        )
+        config = runs.configured(["experiment=quickstart_cold_start", "parallel=single", f"run_dir={here}", *more])
+        trainer.train(config, read_for_cold_start(config))
+        shutil.copytree(here / "hf" / name, start_of(folder, leaks=True) / name, dirs_exist_ok=True)
     return time.perf_counter() - begin
 
 
@@ -231,7 +240,7 @@ def work(todo: Sequence[Run], file: Path, folder: Path, *, keep: bool) -> int:
 
     for leaks in sorted({False, *(ARMS[run.arm].leaks for run in todo)}):  # the leaking one goes on from the other
         start = start_of(folder, leaks=leaks)
-        if (start / SEPARATE[-1] if leaks else start).joinpath("config.json").exists():
+        if (start / "reasoner" if leaks else start).joinpath("config.json").exists():
             continue
         jobs = [("cold_start_leak" if leaks else "cold_start", partial(cold_start, folder, leaks=leaks))]
         for name, value, error in runs.forked(jobs, 1, folder / "logs"):
