@@ -59,7 +59,8 @@ def write(
         ("Refreshing an overfitted evaluator (G6)", refresh(own)),
         ("What it costs", cost(own)),
     ]
-    text = head + "".join(f"\n## {title}\n" + "\n".join(lines) + "\n" for title, lines in sections)
+    told = ((title, "\n".join(lines)) for title, lines in sections)
+    text = head + "".join(f"\n## {title}\n{lines}\n" for title, lines in told if lines)
     if figure is not None:
         draw(own, figure)
         text += f"\n![Proxy and gold of the hack arms, mean over seeds; the dotted line is the median first alert](img/{figure.name})\n"
@@ -301,6 +302,9 @@ def guard(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def mitigations(rows: Sequence[Row]) -> Iterator[str]:
+    """Nothing where they have not been run."""
+    if not any(row["arm"].partition("+")[2] not in ("", "guard") for row in rows):
+        return
     yield "Other mitigations in some hack arms, and in the clean arm (G0), where their cost is the gold that they leave less. Gold and KL"
     yield "as above, over the seeds that every line of a world has. Strengths are one choice each and were not searched for:"
     yield f"{'; '.join(f'{name}: ' + ' '.join(f'`{s}`' for s in settings) for name, settings in MITIGATIONS.items())}."
