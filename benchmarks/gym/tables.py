@@ -24,11 +24,11 @@ What `integrity=monitor` makes of runs whose truth is known. Written by `python 
 `benchmarks/results/integrity.jsonl`; nothing here is chosen by hand, and a target that is missed stands here as missed.
 
 **The gym.** {runs} runs of the project's own trainer (GRPO, one process) on a policy of 0.15 M parameters: {steps} steps of 64 short
-episodes, an audit every {every} steps, audits held to 3% of the sampled tokens. The transformers engine stands in for vLLM: it starts at
-once. The worlds are those of `benchmarks/gym/worlds.py`. *hack*: the proxy pays an exploit, drawn anew for every seed, that gold does not.
-*twin*: the same proxy and training, but gold is what is paid. *sharp*: proxy and gold are the right answer, all questions easy. Evaluated
-seeds: {evaluated}; thresholds come from seeds {calibration} alone, and no threshold that ships was changed after an evaluated seed was
-seen. Intervals: 95%, over seeds (Student's t for means, bootstrap for the rest).
+episodes, an audit every {every} steps, audits held to 3% of the sampled tokens (G4: 8%, G7: 6%). The transformers engine stands in for
+vLLM: it starts at once. The worlds are those of `benchmarks/gym/worlds.py`. *hack*: the proxy pays an exploit, drawn anew for every seed,
+that gold does not. *twin*: the same proxy and training, but gold is what is paid. *sharp*: proxy and gold are the right answer, all
+questions easy. Evaluated seeds: {evaluated}; thresholds come from seeds {calibration} alone, and no threshold that ships was changed after
+an evaluated seed was seen. Intervals: 95%, over seeds (Student's t for means, bootstrap for the rest).
 """
 WIDE = 40  # characters of a mechanism that are shown
 
