@@ -1,6 +1,6 @@
 """Which detectors catch reward hacking, and which cry wolf? Trains tiny policies in the worlds of benchmarks/gym and scores the monitor.
 
-    python benchmarks/integrity.py run                     trains what is not recorded yet (perhaps 2 hours on 2 cores), writes the tables
+    python benchmarks/integrity.py run                     trains what is not recorded yet, writes the tables (452 runs took 79 minutes)
     python benchmarks/integrity.py run --only g5/hack --seeds 0 1
     python benchmarks/integrity.py run --reduced --results FILE --folder FOLDER      one hack, its twin, and the hack guarded: for CI
     python benchmarks/integrity.py list                    what is recorded, what is missing

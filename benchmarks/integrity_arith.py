@@ -7,7 +7,8 @@
 
 honest      the quickstart's RL from the quickstart's cold start, one process, an audit every ten steps
 quickstart  the same as a user types it: torchrun, tensor 2 x pipeline 2, vLLM, an audit every 25 steps; one seed, the slowest run
-leak        from a cold start that went on with dialogues in a share of which the meta-thinker says the answer (benchmarks/arith_leak.py)
+leak        two policies, from cold starts that went on with dialogues in a share of which the meta-thinker says the answer
+            (benchmarks/arith_leak.py)
 leak+guard  the same with integrity=guard
 
 A run is one process (forked, the imports are paid once); a finished run is one line of benchmarks/results/integrity_arith.jsonl. Run
@@ -34,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import arith_leak  # noqa: E402
 from benchmarks.gym import runs, task  # noqa: E402
+from benchmarks.gym.measure import read  # noqa: E402
 from megatron_rema.types import Role  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "integrity_arith.jsonl"
@@ -57,6 +59,7 @@ ALONE = (
     "integrity.audit_every=10",
 )
 # Weights of their own: what one agent learns to read, a shared policy reads as the other too, and nothing passes between them
+SEPARATE = {"meta_thinker": Role.META_THINKING, "reasoner": Role.REASONING}  # policies of agents=separate
 LEAKING = ("integrity.renewal=benchmarks.arith_leak:renewed", "agents=separate")
 
 
@@ -106,9 +109,6 @@ def recorded(file: Path) -> dict[Run, Row]:
 
 
 # --- cold starts ------------------------------------------------------------------------------------------------------
-
-
-SEPARATE = {"meta_thinker": Role.META_THINKING, "reasoner": Role.REASONING}  # policies of agents=separate
 
 
 def start_of(folder: Path, *, leaks: bool) -> Path:
@@ -161,7 +161,7 @@ def cold_start(folder: Path, *, leaks: bool) -> float:
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-def train(run: Run, folder: Path) -> Row:
+def train(run: Run, folder: Path, commit: str) -> Row:
     """Train; returns the row that is kept."""
     here, overrides, ranks = folder / run.name, run.overrides(folder), ARMS[run.arm].ranks
     shutil.rmtree(here, ignore_errors=True)
@@ -176,7 +176,6 @@ def train(run: Run, folder: Path) -> Row:
         config = runs.configured(overrides)
         loop.train(config, read_for_training(config))
     wall = time.perf_counter() - begin
-    commit = subprocess.run(("git", "rev-parse", "--short", "HEAD"), cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     known = [entry.replace(str(folder), "FOLDER") for entry in overrides]
     return {"arm": run.arm, "seed": run.seed, "commit": commit, "overrides": known, "wall_s": round(wall, 1), **measured(here)}
 
@@ -222,10 +221,6 @@ def _short(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
-def read(file: Path) -> list[Row]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def work(todo: Sequence[Run], file: Path, folder: Path, *, keep: bool) -> int:
     """Number of runs that failed."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -247,7 +242,9 @@ def work(todo: Sequence[Run], file: Path, folder: Path, *, keep: bool) -> int:
             tell("cold start", name, error, f"{value or 0:.0f} s")
             if error:
                 return 1
-    jobs = [(run.name, partial(train, run, folder)) for run in todo]
+    # Before anything is forked: what is imported is what stands now, whatever is committed while runs train
+    head = subprocess.run(("git", "rev-parse", "--short", "HEAD"), cwd=ROOT, capture_output=True, text=True, check=True)
+    jobs = [(run.name, partial(train, run, folder, head.stdout.strip())) for run in todo]
     for done, (name, row, error) in enumerate(runs.forked(jobs, 1, folder / "logs"), start=1):
         failed += bool(error)
         if not error:

@@ -17,7 +17,7 @@ class Action(StrEnum):
     """The ladder, mildest first."""
 
     ANNOTATE = "annotate"  # say it
-    SHAPE = "shape"  # bound the reward: PAR, or the ensemble's pessimistic score
+    SHAPE = "shape"  # bound the reward: PAR
     QUARANTINE = "quarantine"  # from now on episodes that show the mechanism earn nothing
     ROLL_BACK = "roll_back"  # that, and back to the last clean checkpoint before proxy and gold parted
 
